@@ -1,0 +1,51 @@
+"""The one form in which data reaches the model: a microbatch of packed rows.
+
+Shape suffixes: R rows, T tokens of the longest row, F frames of the row with most frames,
+N frames of the whole microbatch (no padding frames), C colour channels, H, W pixels.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+
+@dataclass
+class Batch:
+    """One microbatch. Rows are padded on the right; padding has segment -1, label -100 and sees no frame.
+
+    Frame indices in `visible_*` and `sink_*` count the frames of the row (not of the stream), so a token
+    of the second stream of a packed row starts at the first frame of that stream.
+    A token sees frame f of its row iff `visible_lo <= f < visible_hi` or
+    `sink_lo <= f < sink_hi`; `sink_hi <= visible_hi` always, so no future frame is a sink.
+    """
+
+    ids_RT: torch.Tensor  #: int64
+    labels_RT: torch.Tensor  #: int64, already shifted: what position t predicts; -100 = not trained
+    kinds_RT: torch.Tensor  #: uint8, `streams.compiled.Kind`
+    weights_RT: torch.Tensor  #: float32, the compiler policy's factor
+    positions_RT: torch.Tensor  #: int64, restart at 0 for every stream
+    segments_RT: torch.Tensor  #: int32, which stream of the row a token belongs to; -1 = padding
+    visible_lo_RT: torch.Tensor  #: int32
+    visible_hi_RT: torch.Tensor  #: int32
+    sink_lo_RT: torch.Tensor  #: int32
+    sink_hi_RT: torch.Tensor  #: int32
+    frames_NCHW: torch.Tensor  #: uint8 RGB (normalised in the vision tower), or float, already normalised
+    frame_rows_N: torch.Tensor  #: int64, the row of each frame
+    frame_slots_N: torch.Tensor  #: int64, its index f within the row
+    frame_positions_RF: torch.Tensor  #: int64, rotary position of each frame; 0 where padded
+    frame_counts_R: torch.Tensor  #: int64, real frames of each row
+    keys: tuple[tuple[str, ...], ...] = ()  #: per row, the keys of its streams
+    sources: tuple[tuple[str, ...], ...] = ()  #: per row, the source of each stream
+
+    @property
+    def rows(self) -> int:
+        return self.ids_RT.shape[0]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with every tensor on `device`."""
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), torch.Tensor)
+        }
+        return replace(self, **moved)
