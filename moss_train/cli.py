@@ -1,0 +1,102 @@
+"""The command line: `moss-train <verb> [key=value …]`.
+
+Only the module of the verb that runs is imported, so that help and misspelt verbs answer at once. A command is a
+function that takes its options dataclass (or, for `train`, the raw overrides) and returns the exit code.
+Errors that a user can mend are one line on standard error and exit code 2; anything else keeps its traceback.
+"""
+
+import difflib
+import importlib
+import inspect
+import sys
+from collections.abc import Sequence
+
+from moss_train import __version__
+from moss_train.errors import ConfigError, MossTrainError
+
+#: verb → (module : stem, line that help shows). The module holds `<stem>_command` and `<Stem>Options`.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("moss_train.train.command:train", "train a recipe, or resume it where it stopped"),
+    "data render": ("moss_train.data.render:render", "render the built-in synthetic clips"),
+    "data convert": ("moss_train.data.convert:convert", "convert annotations and media to samples"),
+    "data pack": ("moss_train.data.shards:pack", "write samples into indexed tar shards"),
+    "data index": ("moss_train.data.index:index", "index existing tar shards"),
+    "data check": ("moss_train.data.check:check", "validate shards, samples and media"),
+    "convert verify": ("moss_train.checkpoint.verify:verify", "compare the model with reference outputs"),
+    "eval": ("moss_train.evaluate.command:evaluate", "free-running figures of a checkpoint on packed streams"),
+    "stream": ("moss_train.evaluate.live:stream", "play a clip and print what the model says"),
+    "doctor": ("moss_train.doctor:doctor", "versions, devices and what is missing"),
+}
+#: Verbs whose function takes the raw overrides; their module's HELP is printed for --help.
+RAW_VERBS = ("train",)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return the process's exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(arguments)
+    except MossTrainError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments and arguments[0] in ("--version", "-V"):
+        print(f"moss_train {__version__}")
+        return 0
+    words: list[str] = []
+    for argument in arguments[:2]:
+        if "=" in argument or argument.startswith("-"):
+            break
+        words.append(argument)
+    for count in (2, 1):
+        name = " ".join(words[:count])
+        if len(words) >= count and name in COMMANDS:
+            return _call(name, arguments[count:])
+    if any(argument in ("--help", "-h") for argument in arguments) or not arguments:
+        print(_help(words[0] if words else ""))
+        return 0
+    if not words:
+        raise ConfigError(f"{arguments[0]!r} stands where a verb should; see moss-train --help")
+    below = [name for name in COMMANDS if name.split()[0] == words[0]]
+    if below and len(words) == 1:
+        raise ConfigError(f"{words[0]!r} needs one of: {', '.join(name.split()[1] for name in below)}")
+    given = " ".join(words)
+    verbs = list(dict.fromkeys([*COMMANDS, *(name.split()[0] for name in COMMANDS)]))
+    close = difflib.get_close_matches(given, verbs, n=2, cutoff=0.6) or below or list(COMMANDS)
+    raise ConfigError(f"unknown verb {given!r}; did you mean {' or '.join(close)}?")
+
+
+def _call(name: str, arguments: list[str]) -> int:
+    from moss_train.cli_options import describe_options, parse_options
+
+    path, _, stem = COMMANDS[name][0].partition(":")
+    module = importlib.import_module(path)
+    function = getattr(module, f"{stem}_command")
+    wants_help = any(argument in ("--help", "-h") for argument in arguments)
+    if name in RAW_VERBS:
+        if wants_help:
+            print(f"usage: moss-train {name} key=value …\n\n{module.HELP}")
+            return 0
+        return function(arguments)
+    options_class = getattr(module, f"{stem.capitalize()}Options")
+    if wants_help:
+        documentation = inspect.cleandoc(function.__doc__ or COMMANDS[name][1])
+        print(f"usage: moss-train {name} key=value …\n\n{documentation}\n\noptions:\n{describe_options(options_class)}")
+        return 0
+    return function(parse_options(options_class, arguments))
+
+
+def _help(group: str) -> str:
+    names = [name for name in COMMANDS if not group or name.split()[0] == group]
+    if not names:
+        raise ConfigError(f"unknown verb {group!r}; see moss-train --help")
+    lines = "\n".join(f"  {name:<16}{COMMANDS[name][1]}" for name in names)
+    return (
+        "usage: moss-train <verb> [key=value …]      moss-train <verb> --help lists a verb's keys\n\n"
+        f"{lines}\n\nEvery key that a verb takes can be read in its help; recipes are described in docs/recipes.md."
+    )
