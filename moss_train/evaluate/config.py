@@ -1,0 +1,39 @@
+"""Settings of evaluation."""
+
+from dataclasses import dataclass
+
+from moss_train.errors import ConfigError
+
+
+@dataclass
+class DecodeConfig:
+    """How the model's own reply is read from its predictions."""
+
+    speak_threshold: float | None = None
+    """Speak at an idle slot iff P(silence) is below this (0 to 1); null takes the most probable token, as in training
+    with weights of 1."""
+
+    def validate(self) -> None:
+        if self.speak_threshold is not None and not 0.0 < self.speak_threshold <= 1.0:
+            raise ConfigError(
+                f"decode.speak_threshold={self.speak_threshold}: must be above 0 and at most 1, "
+                "or null to take the most probable token"
+            )
+
+
+@dataclass
+class EvaluationConfig:
+    """How a corpus of streams is evaluated."""
+
+    batch_streams: int = 32
+    """Streams decoded at once; more is faster and takes more memory."""
+    window_frames: int = 2
+    """How many frames late an answer or a revision may be and still count."""
+    limit: int | None = None
+    """Evaluate only so many streams, the first of the source's index; null for all."""
+
+    def validate(self) -> None:
+        for name, least in (("batch_streams", 1), ("window_frames", 0), ("limit", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"evaluate.{name}={value}: must be at least {least}")

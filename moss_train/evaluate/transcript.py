@@ -1,0 +1,168 @@
+"""What is written down about one evaluated stream; figures and pictures are made from nothing else.
+
+Everything here is plain data that survives a round trip through JSON.
+"""
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class UserTurn:
+    """One user turn: the first opens the stream, the later ones arrive while it runs."""
+
+    time_s: float
+    text: str
+    slot: int  #: ordinal of the slot that the assistant header of this turn opens
+    interrupts: bool = False  #: True when it cuts a running reply of the reference
+
+
+@dataclass(frozen=True)
+class SlotRecord:
+    """One slot: what the reference says in it and what the model says in it.
+
+    `frame` counts the frames that have arrived, minus one: the slot at the anchor of frame k has `frame = k`,
+    the slot that opens a turn has the frame that arrived last (-1 before the first).
+    """
+
+    frame: int
+    opens_turn: bool  #: True for the slot after the header of an assistant turn
+    time_s: float
+    reference_state: str  #: "silence", "speak", "continue" or "unknown" (not scored)
+    reference_text: str
+    reference_ends: bool
+    reference_event: str | None
+    state: str = "silence"  #: the model's own: "silence", "speak" or "continue"
+    text: str = ""
+    ends: bool = False  #: the model closed its reply in this slot
+    silence_probability: float | None = None  #: of the decision; None where no decision was read
+
+    @property
+    def speaks(self) -> bool:
+        """Whether the model says anything in this slot."""
+        return self.state != "silence"
+
+    @property
+    def reference_speaks(self) -> bool:
+        return self.reference_state in ("speak", "continue")
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One reply, put together from its slots. `slot`, `last_slot` are ordinals into the transcript's slots."""
+
+    text: str
+    slot: int
+    last_slot: int
+    complete: bool
+    event: str | None = None  #: the reference's event; None for what the model says
+
+
+@dataclass(frozen=True)
+class Question:
+    """A user's question and the reply that the reference gives first."""
+
+    id: str
+    asked_slot: int  #: slot that its turn opens
+    answer: str
+    answer_event: str
+    answer_slot: int  #: slot in which the reference starts to answer
+    evidence_slot: int  #: first slot at which the evidence is complete; 0 when nothing says where it is
+    evidence_after: bool  #: True when the question must wait for its evidence
+
+
+@dataclass(frozen=True)
+class Revision:
+    """The evidence changes and with it the answer: `old` is to be replaced by `new`."""
+
+    id: str
+    old: str
+    new: str
+    since_slot: int  #: slot from which `old` could have been said
+    evidence_slot: int
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """Something changes, the answer does not: the model should stay silent. `answer` is what still holds."""
+
+    slot: int
+    answer: str
+
+
+@dataclass(frozen=True)
+class StreamTranscript:
+    """All that is known about one stream after it was evaluated."""
+
+    key: str
+    turns: tuple[UserTurn, ...]
+    slots: tuple[SlotRecord, ...]
+    questions: tuple[Question, ...] = ()
+    revisions: tuple[Revision, ...] = ()
+    confirmations: tuple[Confirmation, ...] = ()
+    notes: dict[str, Any] = field(default_factory=dict)  #: free figures, e.g. tokens generated
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "StreamTranscript":
+        return cls(
+            key=data["key"],
+            turns=tuple(UserTurn(**turn) for turn in data["turns"]),
+            slots=tuple(SlotRecord(**slot) for slot in data["slots"]),
+            questions=tuple(Question(**question) for question in data["questions"]),
+            revisions=tuple(Revision(**revision) for revision in data["revisions"]),
+            confirmations=tuple(Confirmation(**confirmation) for confirmation in data["confirmations"]),
+            notes=dict(data["notes"]),
+        )
+
+    def as_reference(self) -> "StreamTranscript":
+        """The transcript that a perfect model leaves: the reference in the model's place."""
+        slots = tuple(
+            replace(
+                slot,
+                state=slot.reference_state if slot.reference_speaks else "silence",
+                text=slot.reference_text,
+                ends=slot.reference_ends,
+            )
+            for slot in self.slots
+        )
+        return replace(self, slots=slots)
+
+
+def model_utterances(slots: tuple[SlotRecord, ...]) -> list[Utterance]:
+    """The model's replies in order. A reply ends at its stop silence, at a silent slot or at a user turn."""
+    return _utterances([(slot.state, slot.text, slot.ends, slot.opens_turn, None) for slot in slots])
+
+
+def reference_utterances(slots: tuple[SlotRecord, ...]) -> list[Utterance]:
+    """The reference's replies in order; each knows its event."""
+    return _utterances(
+        [
+            (
+                slot.reference_state if slot.reference_speaks else "silence",
+                slot.reference_text,
+                slot.reference_ends,
+                slot.opens_turn,
+                slot.reference_event,
+            )
+            for slot in slots
+        ]
+    )
+
+
+def _utterances(said: list[tuple[str, str, bool, bool, str | None]]) -> list[Utterance]:
+    replies: list[Utterance] = []
+    running = False
+    for ordinal, (state, text, ends, opens_turn, event) in enumerate(said):
+        if state == "silence":
+            running = False
+            continue
+        if running and state == "continue" and not opens_turn:
+            previous = replies[-1]
+            replies[-1] = replace(previous, text=previous.text + text, last_slot=ordinal, complete=ends)
+        else:
+            replies.append(Utterance(text, ordinal, ordinal, ends, event))
+        running = not ends
+    return replies
