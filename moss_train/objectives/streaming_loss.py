@@ -1,0 +1,125 @@
+"""The streaming loss: L = Σ wᵢ (1−pᵢ)^γ CEᵢ / Z, with Z taken over the whole global batch.
+
+Shape suffixes: R rows, T tokens of a row, V rows of the head (this rank's share under tensor parallelism),
+K trained positions of the microbatch. Per-kind vectors are indexed by the value of `Kind`.
+
+wᵢ is the data's factor times the configured weight of the label's kind. γ applies to *state* labels only: idle
+and stop silence, and the first token of a reply (`metrics.reply_starts`). A label is trained when it is not -100
+and the data gives it a positive weight; a sample masked out by the loader (weights 0) is as if it were absent.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from moss_train.data.batch import Batch
+from moss_train.objectives.config import ObjectiveConfig
+from moss_train.objectives.metrics import Decision, decision_counts, reply_starts
+from moss_train.streams.compiled import IGNORED_LABEL, Kind
+
+
+@dataclass
+class LossOutput:
+    """One microbatch's part of the loss, and detached sums for logging that add up over microbatches and ranks."""
+
+    loss: torch.Tensor  #: float32 scalar with a graph, already divided by Z: the parts of a global batch sum to L
+    per_kind_sum: torch.Tensor  #: float64 [7], Σ CE: divide by the count for the mean CE of a kind
+    per_kind_mass: torch.Tensor  #: float64 [7], Σ w (1−p)^γ CE: what each kind contributes to L before Z
+    per_kind_count: torch.Tensor  #: float64 [7], trained labels
+    decisions: torch.Tensor  #: int64 [len(Decision)], zeros when the loss does not know the silence token
+
+
+class StreamingLoss:
+    """Weighted, optionally focal cross-entropy over the labels of a microbatch.
+
+    silence_id: the id of the silence token, only needed to count decisions.
+    tensor_group: the tensor-parallel group over which the last axis of the logits is split; None or a group of
+    one needs no process group at all.
+    """
+
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        silence_id: int | None = None,
+        tensor_group: torch.distributed.ProcessGroup | None = None,
+    ):
+        config.validate()
+        self.config = config
+        self.silence_id = silence_id
+        self.tensor_group = tensor_group
+        self._weight_by_kind = torch.tensor(config.weight_by_kind(), dtype=torch.float32)
+
+    def normaliser(self, batch: Batch) -> torch.Tensor:
+        """This microbatch's part of Z, float64 scalar. Sum it over all microbatches and data-parallel ranks.
+
+        Needs the data alone, so that Z is known before the first forward pass.
+        """
+        trained_RT = _trained(batch)
+        if self.config.normaliser == "valid":
+            return trained_RT.sum().double()
+        return (self._weights(batch) * trained_RT).sum(dtype=torch.float64)
+
+    def __call__(self, logits_TRV: torch.Tensor, batch: Batch, normaliser: torch.Tensor | float) -> LossOutput:
+        """The loss of this microbatch, divided by `normaliser`, the Z of the global batch.
+
+        logits_TRV: float, any precision; the softmax is taken in float32. A microbatch without trained labels
+        gives 0 with a graph, so that every rank takes part in the backward pass.
+        """
+        trained_TR = _trained(batch).T
+        # Only trained positions are lifted to float32: most positions are prompts and anchors, and the copy keeps
+        # megatron's vocabulary-parallel cross-entropy, which works in place, away from the model's own logits.
+        logits_KV = logits_TRV[trained_TR].float()
+        kinds_K = batch.kinds_RT.T[trained_TR].long()
+        starts_K = reply_starts(batch.kinds_RT, batch.segments_RT).T[trained_TR]
+        weights_K = self._weights(batch).T[trained_TR]
+        decisions = self._decisions(logits_KV, kinds_K, starts_K)
+
+        ce_K = self._cross_entropy(logits_KV, batch.labels_RT.T[trained_TR])
+        mass_K = weights_K * self._focal_factor(ce_K, kinds_K, starts_K) * ce_K
+        z = torch.as_tensor(normaliser, device=mass_K.device).to(torch.float32)
+        loss = mass_K.sum() / torch.where(z > 0, z, torch.ones_like(z))
+
+        with torch.no_grad():
+
+            def per_kind(values_K: torch.Tensor) -> torch.Tensor:
+                zeros = torch.zeros(len(Kind), dtype=torch.float64, device=values_K.device)
+                return zeros.index_add_(0, kinds_K, values_K.detach().double())
+
+            return LossOutput(
+                loss=loss,
+                per_kind_sum=per_kind(ce_K),
+                per_kind_mass=per_kind(mass_K),
+                per_kind_count=per_kind(torch.ones_like(ce_K)),
+                decisions=decisions,
+            )
+
+    def _weights(self, batch: Batch) -> torch.Tensor:
+        by_kind = self._weight_by_kind.to(batch.kinds_RT.device)
+        return batch.weights_RT * by_kind[batch.kinds_RT.long()]
+
+    def _decisions(self, logits_KV: torch.Tensor, kinds_K: torch.Tensor, starts_K: torch.Tensor) -> torch.Tensor:
+        if self.silence_id is None:
+            return torch.zeros(len(Decision), dtype=torch.int64, device=logits_KV.device)
+        return decision_counts(logits_KV, kinds_K, starts_K, self.silence_id, self.tensor_group)
+
+    def _cross_entropy(self, logits_KV: torch.Tensor, labels_K: torch.Tensor) -> torch.Tensor:
+        if self.tensor_group is None or self.tensor_group.size() == 1:
+            return F.cross_entropy(logits_KV, labels_K, reduction="none")
+        from megatron.core import parallel_state, tensor_parallel
+
+        if self.tensor_group is not parallel_state.get_tensor_model_parallel_group():
+            raise ValueError("megatron-core 0.16.1 computes this loss over its own tensor-parallel group only")
+        return tensor_parallel.vocab_parallel_cross_entropy(logits_KV, labels_K)
+
+    def _focal_factor(self, ce_K: torch.Tensor, kinds_K: torch.Tensor, starts_K: torch.Tensor) -> torch.Tensor | float:
+        if self.config.focal_gamma == 0.0:
+            return 1.0
+        state_K = starts_K | (kinds_K == Kind.IDLE_SILENCE) | (kinds_K == Kind.STOP_SILENCE)
+        # 1−p = −expm1(−CE) keeps its digits when p is near 1; the floor keeps the gradient finite there for γ < 1.
+        uncertainty_K = (-torch.expm1(-ce_K)).clamp_min(torch.finfo(torch.float32).tiny)
+        return torch.where(state_K, uncertainty_K, torch.ones_like(uncertainty_K)) ** self.config.focal_gamma
+
+
+def _trained(batch: Batch) -> torch.Tensor:
+    return (batch.labels_RT != IGNORED_LABEL) & (batch.weights_RT > 0)
