@@ -14,8 +14,8 @@ DECODERS = ("auto", "decord", "pyav")
 class SourceConfig:
     """One packed folder of shards (`data pack` writes it) and its share of the blend."""
 
-    name: str = MISSING
-    """Name in logs and ledgers; by default the source's key in `data.sources`."""
+    name: str = ""
+    """Name in logs and ledgers; empty: the source's key in `data.sources`."""
     path: str = MISSING
     """Folder that holds `*.tar` and `index.jsonl`."""
     weight: float = 1.0

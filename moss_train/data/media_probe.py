@@ -1,0 +1,154 @@
+"""What a media file says about itself: container, picture size, rate, length. Read from headers and packets."""
+
+import io
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from moss_train.errors import ConfigError, SampleError
+
+if TYPE_CHECKING:
+    import av.container
+
+#: FFmpeg demuxer of each container we accept. The demuxer is pinned, so that no file is read as a playlist.
+DEMUXERS = {"mp4": "mov", "avi": "avi", "matroska": "matroska", "mpegts": "mpegts", "flv": "flv", "ogg": "ogg"}
+VIDEO_EXTENSIONS = ("mp4", "avi", "webm", "mkv", "mov")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+
+
+@dataclass(frozen=True)
+class MediaProbe:
+    """Facts of one medium. Width and height are those of the picture as shown, after rotation."""
+
+    container: str  #: "image" or a key of `DEMUXERS`
+    codec: str
+    width: int
+    height: int
+    duration_s: float  #: 0.0 for stills
+    frame_rate: float | None  #: average frames per second; None for stills
+    frame_count: int  #: 1 for stills
+    rotation: int  #: degrees the decoded picture must be turned counter-clockwise to stand upright: 0, 90, 180, 270
+    pts_ok: bool  #: every packet has a time stamp, none is doubled and none precedes the start
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def sniff_container(data: bytes, key: str = "") -> str:
+    """The container by its magic bytes: "image" or a key of `DEMUXERS`.
+
+    Looking first keeps text and HTML away from decord, which copies such input to standard error.
+    Raises SampleError when the bytes are none of the media that we decode.
+    """
+    head = bytes(data[:16])
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"moof", b"styp", b"sidx"):
+        return "mp4"
+    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        return "avi"
+    if head[:4] == b"\x1aE\xdf\xa3":
+        return "matroska"
+    if head[:3] == b"\xff\xd8\xff" or head[:8] == b"\x89PNG\r\n\x1a\n" or (head[:4], head[8:12]) == (b"RIFF", b"WEBP"):
+        return "image"
+    if head[:1] == b"G" and data[188:189] == b"G":
+        return "mpegts"
+    if head[:4] == b"FLV\x01":
+        return "flv"
+    if head[:4] == b"OggS":
+        return "ogg"
+    what = f"starts with {head[:8]!r}" if head else "is empty"
+    raise SampleError(key, f"medium {what}: not a video or picture container that can be decoded")
+
+
+@contextmanager
+def open_video(data: bytes, container: str, key: str = ""):
+    """Open `data` with PyAV, one decoding thread; yields (container, video stream).
+
+    Raises SampleError without a video stream, ConfigError when PyAV is not installed; PyAV's own errors pass.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise ConfigError("decoding video needs PyAV: install moss_train[video]") from error
+    with av.open(io.BytesIO(data), mode="r", format=DEMUXERS[container]) as opened:
+        if not opened.streams.video:
+            raise SampleError(key, "medium has no video stream")
+        stream = opened.streams.video[0]
+        # One thread per process: parallelism comes from the number of workers.
+        stream.thread_type = "NONE"
+        stream.codec_context.thread_count = 1
+        yield opened, stream
+
+
+def quarter_turns(rotation: float) -> int:
+    """Counter-clockwise quarter turns (numpy's rot90 k) of a display rotation in degrees."""
+    return round(rotation / 90) % 4
+
+
+def check_pixels(width: int, height: int, max_pixels: int, key: str) -> None:
+    """Raise SampleError for an empty picture or one larger than `max_pixels`."""
+    if width < 1 or height < 1:
+        raise SampleError(key, f"picture of {width}×{height} pixels")
+    if width * height > max_pixels:
+        raise SampleError(key, f"picture of {width}×{height} pixels is over the limit of {max_pixels} pixels")
+
+
+def probe_media(data: bytes, key: str = "", max_pixels: int = 40_000_000) -> MediaProbe:
+    """Facts of a still or video. One picture is decoded, the other packets are only listed.
+
+    Raises SampleError when the medium cannot be read.
+    """
+    container = sniff_container(data, key)
+    try:
+        return _probe_still(data, key, max_pixels) if container == "image" else _probe_video(data, container, key, max_pixels)
+    except (SampleError, ConfigError):
+        raise
+    except Exception as error:  # PyAV and Pillow have no common base of "this file is broken"
+        raise SampleError(key, f"medium cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _probe_still(data: bytes, key: str, max_pixels: int) -> MediaProbe:
+    with Image.open(io.BytesIO(data)) as picture:
+        width, height = picture.size
+        check_pixels(width, height, max_pixels, key)
+        picture.load()
+        # EXIF orientations 5 to 8 lie on their side.
+        if picture.getexif().get(0x0112, 1) >= 5:
+            width, height = height, width
+        codec = (picture.format or "").lower()
+    return MediaProbe("image", codec, width, height, 0.0, None, 1, 0, True)
+
+
+def _probe_video(data: bytes, container: str, key: str, max_pixels: int) -> MediaProbe:
+    with open_video(data, container, key) as (opened, stream):
+        check_pixels(stream.codec_context.width, stream.codec_context.height, max_pixels, key)
+        times: list[int | None] = []
+        turns: int | None = None
+        width, height = stream.codec_context.width, stream.codec_context.height
+        for packet in opened.demux(stream):
+            if packet.size and not packet.is_discard:
+                times.append(packet.pts)
+            if turns is None:
+                for frame in packet.decode():
+                    turns, width, height = quarter_turns(frame.rotation), frame.width, frame.height
+                    break
+        if turns is None:
+            raise SampleError(key, "video holds no picture")
+        known = sorted(pts for pts in times if pts is not None)
+        pts_ok = len(known) == len(times) and all(b > a for a, b in zip(known, known[1:], strict=False))
+        rate = next((float(r) for r in (stream.average_rate, stream.guessed_rate, stream.base_rate) if r), None)
+        span = float((known[-1] - known[0]) * stream.time_base) if known else 0.0
+        if rate is None:
+            rate = (len(known) - 1) / span if span > 0 else 1.0
+        duration = 0.0
+        if stream.duration:
+            duration = float(stream.duration * stream.time_base)
+        elif opened.duration:
+            duration = opened.duration / 1_000_000
+        if duration <= 0:
+            duration = span + 1 / rate
+        if turns % 2:
+            width, height = height, width
+        codec = stream.codec_context.name
+    return MediaProbe(container, codec, width, height, duration, rate, len(times), turns * 90, pts_ok)
