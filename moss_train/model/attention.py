@@ -1,0 +1,90 @@
+"""Attention backends: over a plan of runs, over dense masks, over the caches of running streams.
+
+Every backend answers the same two calls, so layers do not know which one runs. Shape suffixes: T tokens, R rows,
+F frames, P vision tokens of a frame, A query heads, B key/value heads, D head width; AD = heads and width joined.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from moss_train.model.visibility import AttentionPlan
+
+
+class AttentionBackend(Protocol):
+    """What a decoder layer asks for."""
+
+    def self_attention(self, layer: int, q_TRAD, k_TRBD, v_TRBD) -> torch.Tensor:
+        """Causal attention among the tokens of each stream, [T, R, AD]."""
+
+    def cross_attention(self, layer: int, q_TRAD, k_RFPBD, v_RFPBD) -> torch.Tensor:
+        """Attention of each token over the frames it sees, [T, R, AD]; exactly zero where it sees none."""
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask=None, causal: bool = False) -> torch.Tensor:
+    """[batch, tokens, heads, width] in and out, un-repeated grouped keys and values."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    mixed = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return mixed.transpose(1, 2)
+
+
+def _collect(results: list[torch.Tensor], plan: AttentionPlan, tokens: int, rows: int, like: torch.Tensor):
+    """Bring the groups' results back into token order; tokens without a result get the zero row."""
+    width = like.shape[-2] * like.shape[-1]
+    zero = like.new_zeros(1, width)
+    joined = torch.cat([*(r.reshape(-1, width) for r in results), zero])
+    return joined.index_select(0, plan.result_of_token).view(tokens, rows, width)
+
+
+class SegmentAttention:
+    """Unmasked attention call by call over groups of runs: the default without a fused kernel."""
+
+    def __init__(self, self_plan: AttentionPlan | None, cross_plan: AttentionPlan):
+        self.self_plan = self_plan
+        self.cross_plan = cross_plan
+
+    def self_attention(self, layer, q_TRAD, k_TRBD, v_TRBD):
+        tokens, rows = q_TRAD.shape[:2]
+        if self.self_plan is None:
+            mixed = _attend(*(x.transpose(0, 1) for x in (q_TRAD, k_TRBD, v_TRBD)), causal=True)
+            return mixed.transpose(0, 1).reshape(tokens, rows, -1)
+        flat = [x.flatten(0, 1) for x in (q_TRAD, k_TRBD, v_TRBD)]
+        results = [_attend(*(x[group.queries_GL] for x in flat), causal=True) for group in self.self_plan.groups]
+        return _collect(results, self.self_plan, tokens, rows, q_TRAD)
+
+    def cross_attention(self, layer, q_TRAD, k_RFPBD, v_RFPBD):
+        tokens, rows = q_TRAD.shape[:2]
+        q, k, v = q_TRAD.flatten(0, 1), k_RFPBD.flatten(0, 1), v_RFPBD.flatten(0, 1)
+        results = []
+        for group in self.cross_plan.groups:
+            if group.first_frame is not None:
+                count = group.keys_GK.shape[1]
+                seen = [x.narrow(0, group.first_frame, count)[None] for x in (k, v)]
+            else:
+                seen = [x[group.keys_GK] for x in (k, v)]
+            results.append(_attend(q[group.queries_GL], *(x.flatten(1, 2) for x in seen)))
+        return _collect(results, self.cross_plan, tokens, rows, q_TRAD)
+
+
+class DenseAttention:
+    """Full boolean masks: slow and large, the independent check of the other backends."""
+
+    def __init__(self, self_mask_RTT: torch.Tensor, cross_mask_RTF: torch.Tensor):
+        self.self_mask_RTT = self_mask_RTT
+        self.cross_mask_RTF = cross_mask_RTF
+
+    def self_attention(self, layer, q_TRAD, k_TRBD, v_TRBD):
+        q, k, v = (x.transpose(0, 1) for x in (q_TRAD, k_TRBD, v_TRBD))
+        return _attend(q, k, v, mask=self.self_mask_RTT[:, None]).flatten(2).transpose(0, 1)
+
+    def cross_attention(self, layer, q_TRAD, k_RFPBD, v_RFPBD):
+        mask_RTK = self.cross_mask_RTF.repeat_interleave(k_RFPBD.shape[2], dim=2)
+        blind_RT1 = ~mask_RTK.any(-1, keepdim=True)
+        # A row without a single True has no softmax; let it attend anywhere and set its result to zero.
+        mixed = _attend(
+            q_TRAD.transpose(0, 1), k_RFPBD.flatten(1, 2), v_RFPBD.flatten(1, 2), mask=(mask_RTK | blind_RT1)[:, None]
+        ).flatten(2)
+        return mixed.masked_fill(blind_RT1, 0.0).transpose(0, 1)
