@@ -1,0 +1,74 @@
+"""The optimizer, its learning-rate schedule, and which engine runs them."""
+
+import math
+from dataclasses import dataclass, field
+
+from moss_train.errors import ConfigError
+
+ENGINES = ("megatron",)
+SCHEDULES = ("linear", "cosine", "constant")
+WARMUPS = ("linear", "logarithmic")
+
+
+@dataclass
+class EngineConfig:
+    """Which engine trains."""
+
+    name: str = "megatron"
+    """megatron: megatron-core's DDP, optimizer and schedules."""
+
+    def validate(self) -> None:
+        """Raise ConfigError unless the engine exists."""
+        if self.name not in ENGINES:
+            raise ConfigError(f"engine.name={self.name!r}: legal values are {', '.join(ENGINES)}")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its learning rate. The defaults are what the reference's offline SFT amounts to."""
+
+    lr: float = 1e-5
+    """Peak learning rate of every parameter group that `group_lr` does not name."""
+    group_lr: dict[str, float] = field(default_factory=dict)
+    """Peak learning rate by parameter group (`model/groups.py`). An explicit 0.0 keeps a group's weights where they
+    are but gives it gradients and optimizer state; a group that shall have neither is left out of `trainable`."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay, for a group at `lr`; other groups end in the same proportion."""
+    warmup_fraction: float = 0.1
+    """Part of the stage's steps over which the rate rises; rounded up to whole steps. The reference's value."""
+    warmup_steps: int | None = None
+    """Steps over which the rate rises; null takes `warmup_fraction`."""
+    warmup: str = "linear"
+    """Shape of the rise: linear, or logarithmic (DeepSpeed's default, under which the reference was trained)."""
+    schedule: str = "linear"
+    """Decay after the rise: linear (what the reference effectively used), cosine, or constant."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, for matrices only: never for norms, biases and gates. The reference uses none."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay rates of Adam's two moments; the reference's values."""
+    eps: float = 1e-8
+    """Added to Adam's denominator; the reference's value."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient; larger ones are scaled down to it. 0 is off. The reference's value."""
+
+    def validate(self) -> None:
+        """Raise ConfigError for the first field that cannot be. Names of groups are checked with the model."""
+        at_least_zero = {"lr": self.lr, "min_lr": self.min_lr, "weight_decay": self.weight_decay, "clip": self.clip}
+        at_least_zero |= {f"group_lr.{name}": rate for name, rate in self.group_lr.items()}
+        for name, value in at_least_zero.items():
+            if not 0.0 <= value < math.inf:
+                raise ConfigError(f"optim.{name}={value}: must be a number of at least 0")
+        if self.min_lr > self.lr:
+            raise ConfigError(f"optim.min_lr={self.min_lr}: must not be above optim.lr={self.lr}")
+        if not 0.0 <= self.warmup_fraction <= 1.0:
+            raise ConfigError(f"optim.warmup_fraction={self.warmup_fraction}: must lie between 0 and 1")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise ConfigError(f"optim.warmup_steps={self.warmup_steps}: must be at least 0, or null for the fraction")
+        if self.warmup not in WARMUPS:
+            raise ConfigError(f"optim.warmup={self.warmup!r}: legal values are {', '.join(WARMUPS)}")
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"optim.schedule={self.schedule!r}: legal values are {', '.join(SCHEDULES)}")
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ConfigError(f"optim.betas={list(self.betas)}: must be two numbers from 0 up to but not including 1")
+        if not 0.0 < self.eps < math.inf:
+            raise ConfigError(f"optim.eps={self.eps}: must be above 0")

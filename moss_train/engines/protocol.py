@@ -1,0 +1,72 @@
+"""What the training loop may ask of an engine; it knows no more about Megatron or any other than this."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from moss_train.data.batch import Batch
+from moss_train.engines.config import OptimConfig
+from moss_train.objectives.figures import LossFigures
+from moss_train.objectives.streaming_loss import StreamingLoss
+
+
+@dataclass
+class StepOutput(LossFigures):
+    """What one optimizer step did. Every rank holds the same values."""
+
+    grad_norm: float  #: norm of the whole gradient before clipping, measured with clipping off too
+    lr: dict[str, float]  #: learning rate of this step by trained parameter group
+    skipped: bool  #: the loss or the gradient was not finite: neither weights nor optimizer state changed
+
+
+@dataclass
+class EngineState:
+    """Everything a run needs to go on. Tensors have canonical names, metadata is JSON.
+
+    Names: `model/<parameter>`, `optimizer/<parameter>/exp_avg`, `optimizer/<parameter>/exp_avg_sq`, where
+    `<parameter>` is the name in `model.named_parameters()`. The tensors are the engine's own, not copies: write
+    them before the next step.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, Any]
+
+
+class Engine(Protocol):
+    """Trains one model. Process groups exist before `setup`; an engine makes none."""
+
+    step: int  #: training steps taken, skipped ones included; the place in the learning-rate schedule
+    skipped_steps: int  #: how many of them were skipped
+
+    def setup(
+        self,
+        model: torch.nn.Module,
+        trainable: set[str],
+        optim: OptimConfig,
+        objective: StreamingLoss,
+        total_steps: int,
+    ) -> None:
+        """Take over `model`: freeze all but the parameters named in `trainable`, build the optimizer.
+
+        ConfigError when a name or a group does not exist, or nothing would be trained.
+        """
+
+    def train_step(self, microbatches: Sequence[Batch]) -> StepOutput:
+        """One optimizer step on this rank's microbatches of the global batch (at least one, on any device)."""
+
+    def eval_step(self, microbatches: Sequence[Batch]) -> LossFigures:
+        """The loss of this rank's microbatches as one global batch with the other ranks', without training."""
+
+    def expected_shapes(self, optimizer: bool = True) -> dict[str, tuple[int, ...]]:
+        """Canonical name → global shape of every tensor `load_state_dict` (or `load_weights`) needs."""
+
+    def state_dict(self) -> EngineState:
+        """The state after the last step."""
+
+    def load_state_dict(self, state: EngineState) -> None:
+        """Go on from `state`, bit for bit. CheckpointError lists every missing, unexpected or mis-shaped tensor."""
+
+    def load_weights(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take the weights (`model/…`) only; optimizer and step stay as they are. CheckpointError as above."""
