@@ -1,0 +1,143 @@
+"""Hydra's compose API around `RunConfig`: recipes and overrides in, one validated configuration out.
+
+Every rank composes the configuration itself; nothing is written and no working directory is changed.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_origin
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from moss_train.cli_options import check_path, first_line, split_argument, type_at, unknown_name
+from moss_train.errors import ConfigError
+from moss_train.locations import shipped_directory
+from moss_train.train.config import RunConfig
+
+#: Groups of recipe files that an override may choose from; `recipe=…` is one of them.
+GROUPS = ("recipe", "model", "layout", "engine", "tracking")
+
+
+def compose_run(arguments: Sequence[str]) -> RunConfig:
+    """The run that `key=value` overrides describe, validated.
+
+    `recipe=`, `model=`, `layout=`, `engine=` and `tracking=` choose files below `recipes/`; every other key is a field
+    of `RunConfig`. `stages.*.…` sets a field of every stage. `recipes=DIR` adds a folder of one's own recipe files.
+    Raises ConfigError for everything that is wrong with them.
+    """
+    overrides, folders = [], []
+    for argument in arguments:
+        key, text = split_argument(argument)
+        if key == "recipes":
+            if not Path(text).is_dir():
+                raise ConfigError(f"recipes={text}: no such folder")
+            folders.append(str(Path(text).resolve()))
+        else:
+            overrides.append((key, text))
+    for key, text in overrides:
+        if key not in GROUPS:
+            check_path(RunConfig, key)
+        elif text not in available(key, folders):
+            raise ConfigError(
+                unknown_name(text, text, available(key, folders)).replace("unknown key", f"unknown {key}")
+            )
+    if "recipe" not in dict(overrides):
+        raise ConfigError(f"choose a recipe: recipe={' or recipe='.join(available('recipe', folders))}")
+    config = _compose([item for item in overrides if not _wild(item[0])], folders)
+    if any(_wild(key) for key, _ in overrides):
+        stages = list(config.stages)
+        expanded = [
+            (key.replace("*", stage, 1), text) for key, text in overrides for stage in (stages if _wild(key) else [""])
+        ]
+        config = _compose(expanded, folders)
+    for stage in config.stages.values():
+        for name, source in stage.data.sources.items():
+            if OmegaConf.is_missing(source, "name"):
+                source.name = name
+    try:
+        run: RunConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise ConfigError(first_line(error)) from error
+    run.validate()
+    return run
+
+
+def run_from_dict(resolved: dict[str, Any]) -> RunConfig:
+    """The run whose resolved form was saved beside a checkpoint."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), resolved)
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"saved configuration: {first_line(error)}") from error
+
+
+def resolved_dict(run: RunConfig) -> dict[str, Any]:
+    """The plain form of a run, for saving and for comparing."""
+    return OmegaConf.to_container(OmegaConf.structured(run), resolve=True)  # type: ignore[return-value]
+
+
+def _wild(key: str) -> bool:
+    return key.startswith("stages.*.")
+
+
+def _compose(overrides: list[tuple[str, str]], folders: list[str]) -> DictConfig:
+    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    lines = [_line(key, text) for key, text in overrides]
+    if folders:
+        lines.append(f"hydra.searchpath=[{','.join('file://' + folder for folder in folders)}]")
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(shipped_directory("recipes")), version_base="1.3"):
+            return compose("config", overrides=lines)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def _line(key: str, text: str) -> str:
+    """The override in Hydra's grammar. Keys that a dict field may gain (a source, a weight by kind) are merged in from
+    the dict's own level, because OmegaConf cannot create a typed entry from below; stages must exist."""
+    if key in GROUPS:
+        return f"{key}={text}"
+    value = _quoted(key, text)
+    parts = key.split(".")
+    for count in range(2 if parts[0] == "stages" else 1, len(parts)):
+        parent = ".".join(parts[:count])
+        if get_origin(type_at(RunConfig, parent)) is dict:
+            below = parts[count:]
+            return f"++{parent}=" + "".join(f"{{{part}:" for part in below) + value + "}" * len(below)
+    return f"{key}={value}"
+
+
+def _quoted(key: str, text: str) -> str:
+    """Text for text fields stands in quotes, so that `=`, spaces and commas mean themselves in Hydra's grammar."""
+    if key in GROUPS or type_at(RunConfig, key) not in (str, str | None) or text[:1] in ("'", '"'):
+        return text
+    if text in ("null", "???"):
+        return text
+    escaped = text.replace("\\'", "\\\\'").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _explain(error: Exception) -> str:
+    """Hydra's message as one line: which override, and why."""
+    text = str(error).strip()
+    found = re.search(r"Could not override 'stages\.(\w+)", text)
+    if found:
+        return f"this recipe has no stage {found[1]!r}"
+    cause = error.__cause__
+    lines = [first_line(error).removeprefix("Error merging override ")]
+    if isinstance(cause, OmegaConfBaseException):
+        lines.append(first_line(cause))
+    return ": ".join(lines)
+
+
+def available(group: str, folders: Sequence[str] = ()) -> list[str]:
+    """The names that `group=` may choose from, shipped ones and those below `folders`."""
+    roots = [shipped_directory("recipes"), *map(Path, folders)]
+    return sorted({path.stem for root in roots for path in (root / group).glob("*.yaml")})

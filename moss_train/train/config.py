@@ -1,0 +1,150 @@
+"""The configuration of a run: what recipes and overrides fill, in one tree, checked once after all overrides."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from moss_train.data.config import DataConfig
+from moss_train.engines.config import EngineConfig, OptimConfig
+from moss_train.errors import ConfigError, MossTrainError
+from moss_train.evaluate.config import DecodeConfig, EvaluationConfig
+from moss_train.model.config import ModelConfig
+from moss_train.objectives.config import ObjectiveConfig
+from moss_train.parallel.config import LayoutConfig
+from moss_train.report.config import TrackingConfig
+from moss_train.streams.config import CompilerConfig, TokenizerConfig
+
+RESUME = ("auto", "never")
+
+
+@dataclass
+class StageConfig:
+    """One training of the pipeline. The published stages stand in `recipes/stage/`."""
+
+    order: int = 0
+    """Place in the pipeline: stages run by increasing order."""
+    init: str = "previous"
+    """Weights to start from: `scratch` (random), `previous` (the stage before), or the path of a checkpoint, of a
+    stage's or a run's folder (its newest checkpoint), or of a folder of Hugging Face safetensors."""
+    trainable: Any = "all"
+    """What is trained: a preset (`all`, `projector_only`, …) or a list of parameter groups; `model/groups.py` names both."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The blend and how it is batched."""
+    compiler: CompilerConfig = field(default_factory=CompilerConfig)
+    """How samples become tokens: frame rate, frame limits, visibility."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What the loss weighs."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and learning-rate schedule."""
+    steps: int | None = None
+    """Optimizer steps; null trains for `epochs` passes over the blend."""
+    epochs: float | None = 1.0
+    """Passes over the blend. With `steps` set it is the most passes allowed, a guard against repeating data unawares;
+    null allows any number."""
+    save_every: int = 200
+    """Steps between checkpoints; 0 saves only at the end. The reference saves every 200."""
+    keep: int = 2
+    """How many checkpoints of a stage are kept, the newest; at least 1."""
+    eval_every: int = 0
+    """Steps between free-running evaluations on `evaluate.source`; 0 evaluates only after the run."""
+    log_every: int = 1
+    """Steps between logged lines."""
+
+    def validate(self, name: str) -> None:
+        """Raise ConfigError for the first illegal field, its path starting with `stages.<name>`."""
+        for field_name, least in (("save_every", 0), ("keep", 1), ("eval_every", 0), ("log_every", 1)):
+            value = getattr(self, field_name)
+            if value < least:
+                raise ConfigError(f"stages.{name}.{field_name}={value}: must be at least {least}")
+        if self.steps is None and self.epochs is None:
+            raise ConfigError(f"stages.{name}: set steps or epochs; both are null")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"stages.{name}.steps={self.steps}: must be at least 1, or null to count by epochs")
+        if self.epochs is not None and not self.epochs > 0:
+            raise ConfigError(f"stages.{name}.epochs={self.epochs}: must be above 0, or null")
+        legal = isinstance(self.trainable, str) or (
+            isinstance(self.trainable, list) and all(isinstance(group, str) for group in self.trainable)
+        )
+        if not legal or not self.trainable:
+            raise ConfigError(f"stages.{name}.trainable={self.trainable}: give a preset or a list of parameter groups")
+        for part in (self.data, self.compiler, self.objective, self.optim):
+            _validate(part, f"stages.{name}.")
+
+
+@dataclass
+class RunEvaluation:
+    """Evaluation on held-out streams, during and after training."""
+
+    source: str | None = None
+    """Packed folder of held-out streams; null evaluates nothing."""
+    judge: str = "text"
+    """Who decides whether an answer is right: `text` (equal words) or `world` (the synthetic world's meaning)."""
+    settings: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Batch, tolerance and limit."""
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    """How replies are read from predictions."""
+
+
+@dataclass
+class RunConfig:
+    """A run: a model, its tokenizer and a pipeline of stages (a recipe of one stage is a pipeline of one)."""
+
+    name: str = "run"
+    """Name in reports and of the output folder."""
+    output_dir: str = "outputs/${name}"
+    """Where checkpoints, logs and reports go, one folder a stage; relative to the working directory."""
+    data_root: str = "data"
+    """Folder whose subfolders `align`, `temporal`, `sft`, `realtime` and `heldout` the recipes' sources default to."""
+    seed: int = 1
+    """Seed of fresh weights, of the data order and of augmentations."""
+    resume: str = "auto"
+    """`auto` goes on where the newest complete checkpoint in `output_dir` stopped; `never` demands a fresh folder."""
+    dry_run: bool = False
+    """Check everything, print the resolved pipeline and stop before training."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model's sizes; named ones stand in `recipes/model/`."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """The tokenizer and its special tokens."""
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+    """The pipeline: name → stage."""
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    """Parallel degrees."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """The training engine."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where metrics go."""
+    evaluate: RunEvaluation = field(default_factory=RunEvaluation)
+    """Held-out evaluation."""
+
+    def validate(self) -> None:
+        """Raise ConfigError for the first field that cannot be. Called once, after all overrides."""
+        if not self.stages:
+            raise ConfigError("no stage to train: choose a recipe, for example recipe=realtime")
+        if self.resume not in RESUME:
+            raise ConfigError(f"resume={self.resume!r}: legal values are {', '.join(RESUME)}")
+        if self.evaluate.judge not in ("text", "world"):
+            raise ConfigError(f"evaluate.judge={self.evaluate.judge!r}: legal values are text, world")
+        for part in (self.model, self.tokenizer, self.engine, self.tracking, self.evaluate.settings):
+            _validate(part)
+        _validate(self.evaluate.decode, "evaluate.")
+        for name, stage in self.stages.items():
+            stage.validate(name)
+        orders: dict[int, str] = {}
+        for name, stage in self.stages.items():
+            if stage.order in orders:
+                raise ConfigError(f"stages.{name}.order={stage.order}: stages.{orders[stage.order]} has the same order")
+            orders[stage.order] = name
+
+    def ordered_stages(self) -> list[tuple[str, StageConfig]]:
+        """The stages in the order they run."""
+        return sorted(self.stages.items(), key=lambda item: item[1].order)
+
+
+def _validate(part: object, prefix: str = "") -> None:
+    """Call the part's own `validate`; its message starts with the part's field name, `prefix` stands before it."""
+    validate = getattr(part, "validate", None)
+    if validate is None:
+        return
+    try:
+        validate()
+    except MossTrainError as error:
+        raise ConfigError(f"{prefix}{error}") from error
