@@ -19,7 +19,7 @@ class SourceConfig:
     path: str = MISSING
     """Folder that holds `*.tar` and `index.jsonl`."""
     weight: float = 1.0
-    """How often the source is read per epoch: 1.0 each sample once, 2.0 twice, 0.25 a quarter drawn anew every epoch."""
+    """How often the source is read per epoch: 1.0 each sample once, 2.0 twice, 0.25 a new quarter every epoch."""
 
 
 @dataclass

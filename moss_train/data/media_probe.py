@@ -3,19 +3,14 @@
 import io
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
 from moss_train.errors import ConfigError, SampleError
 
-if TYPE_CHECKING:
-    import av.container
-
 #: FFmpeg demuxer of each container we accept. The demuxer is pinned, so that no file is read as a playlist.
 DEMUXERS = {"mp4": "mov", "avi": "avi", "matroska": "matroska", "mpegts": "mpegts", "flv": "flv", "ogg": "ogg"}
-VIDEO_EXTENSIONS = ("mp4", "avi", "webm", "mkv", "mov")
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,11 @@ def probe_media(data: bytes, key: str = "", max_pixels: int = 40_000_000) -> Med
     """
     container = sniff_container(data, key)
     try:
-        return _probe_still(data, key, max_pixels) if container == "image" else _probe_video(data, container, key, max_pixels)
+        return (
+            _probe_still(data, key, max_pixels)
+            if container == "image"
+            else _probe_video(data, container, key, max_pixels)
+        )
     except (SampleError, ConfigError):
         raise
     except Exception as error:  # PyAV and Pillow have no common base of "this file is broken"
