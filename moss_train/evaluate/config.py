@@ -12,6 +12,8 @@ class DecodeConfig:
     speak_threshold: float | None = None
     """Speak at an idle slot iff P(silence) is below this (0 to 1); null takes the most probable token, as in training
     with weights of 1."""
+    last_slot_tokens: int = 64
+    """Most tokens said after the last frame, where nothing arrives any more that could end the slot."""
 
     def validate(self) -> None:
         if self.speak_threshold is not None and not 0.0 < self.speak_threshold <= 1.0:
@@ -19,6 +21,8 @@ class DecodeConfig:
                 f"decode.speak_threshold={self.speak_threshold}: must be above 0 and at most 1, "
                 "or null to take the most probable token"
             )
+        if self.last_slot_tokens < 1:
+            raise ConfigError(f"decode.last_slot_tokens={self.last_slot_tokens}: must be at least 1")
 
 
 @dataclass

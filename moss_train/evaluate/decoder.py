@@ -12,23 +12,18 @@ Shape suffixes: R rows (streams), L tokens fed at once, V vocabulary, N frames o
 H, W pixels.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from moss_train.evaluate.config import DecodeConfig
-
-
-class Template(Protocol):
-    """Token ids around the replies; `streams.template` has the one that the compiler uses."""
-
-    def system_prefix(self, system: str | None) -> list[int]: ...
-
-    def user_turn(self, text: str) -> list[int]: ...
-
-    def close_turn(self) -> list[int]: ...
+from moss_train.evaluate.schedule import Schedule, Step
+from moss_train.streams.config import CompilerConfig
+from moss_train.streams.template import TurnTemplate
+from moss_train.streams.tokenizer import StreamTokenizer
 
 
 @dataclass
@@ -45,9 +40,12 @@ class SlotOutput:
 class _Row:
     """The token row of one stream as far as it has grown."""
 
+    system: str | None
     length: int = 0
     frames: int = 0
     running: bool = False  #: a reply is waiting for its next slot
+    reply_start_s: float = 0.0  #: of the slot in which the last reply began
+    reply_tokens: int = 0  #: tokens of it said so far
     pending: list[tuple[int, int]] = field(default_factory=list)  #: (token, frames it sees), not yet fed
 
 
@@ -55,94 +53,87 @@ class StreamingDecoder:
     """A batch of streams that run side by side. Rows are independent; a row may pause while others go on.
 
     Args:
-        model: has `start_streams`, `add_frames` and `extend` (see `model`), in evaluation mode.
-        tokenizer: `streams.StreamTokenizer`.
-        template: the ids around the replies.
-        rows: number of streams.
-        max_tokens: most tokens of any row, replies included.
+        model: has `start_streams`, `add_frames` and `extend` (see `model/streaming.py`), in evaluation mode.
+        tokenizer: turns texts into ids.
+        compiler: how streams are compiled; gives the rate of speech, the window and the sinks.
+        systems: the system prompt of each row; their number is the number of rows.
+        max_tokens: most tokens of any row, replies included; see `most_tokens`.
         max_frames: most frames of any row.
-        window: how many of the last frames a token sees; None for all.
-        sinks: how many of the first frames it sees besides.
     """
 
     def __init__(
         self,
         model: Any,
-        tokenizer: Any,
-        template: Template,
-        rows: int,
+        tokenizer: StreamTokenizer,
+        compiler: CompilerConfig,
+        systems: Sequence[str | None],
         max_tokens: int,
         max_frames: int,
         config: DecodeConfig | None = None,
-        window: int | None = None,
-        sinks: int = 0,
     ):
         self._model = model
         self._tokenizer = tokenizer
-        self._template = template
+        self._template = TurnTemplate(tokenizer)
+        self._compiler = compiler
         self._config = config or DecodeConfig()
-        self._window = window
-        self._sinks = sinks
-        self._rows = [_Row() for _ in range(rows)]
-        self._state = model.start_streams(rows, max_tokens, max_frames)
+        self._rows = [_Row(system) for system in systems]
+        self._state = model.start_streams(len(systems), max_tokens, max_frames)
         self._device = next(model.parameters()).device
         self._silence = tokenizer.special.silence
         self._forbidden = torch.tensor(forbidden_tokens(tokenizer), device=self._device)
 
-    def user_turns(
-        self, texts: Mapping[int, str], budgets: Mapping[int, int], systems: Mapping[int, str | None] | None = None
-    ) -> dict[int, SlotOutput]:
-        """The user speaks in the rows of `texts`; a row's first turn opens it with `systems[row]`.
-
-        Cuts a running reply. Returns what the model says before the next event.
-        """
-        return self.step(texts, {}, budgets, systems)
-
-    def frames(self, frames_by_row: Mapping[int, torch.Tensor], budgets: Mapping[int, int]) -> dict[int, SlotOutput]:
-        """A frame (uint8 [C, H, W]) arrives in each row of `frames_by_row`; returns what the model says about it."""
-        return self.step({}, frames_by_row, budgets)
-
     @torch.inference_mode()
     def step(
         self,
-        texts: Mapping[int, str],
-        frames_by_row: Mapping[int, torch.Tensor],
-        budgets: Mapping[int, int],
-        systems: Mapping[int, str | None] | None = None,
+        steps: Mapping[int, Step],
+        frames_CHW: Mapping[int, torch.Tensor],
         on_token: Callable[[int, int], None] | None = None,
     ) -> dict[int, SlotOutput]:
-        """One event in each of some rows: user turns in the rows of `texts`, frames in those of `frames_by_row`.
+        """The next event of each row in `steps`, and what the model says before the event after it.
 
+        `frames_CHW` holds the picture (uint8 [C, H, W]) of every row whose event is a frame. A user turn cuts a running
+        reply; a row's first event must be a user turn, it opens the row with the system prompt.
         `on_token(row, token)` is called for every text token as soon as it is chosen.
         """
-        if set(texts) & set(frames_by_row):
-            raise ValueError("a row takes one event at a time")
-        for row, text in texts.items():
-            self._open_turn(row, text, None if systems is None else systems.get(row))
-        if frames_by_row:
-            self._add_frames(frames_by_row)
-        rows = sorted([*texts, *frames_by_row])
-        return self._reply(rows, budgets, on_token or (lambda row, token: None))
+        arriving = [row for row, step in steps.items() if step.user is None]
+        for row, step in steps.items():
+            if step.user is not None:
+                self._open_turn(row, step.user)
+        if arriving:
+            self._add_frames(arriving, [frames_CHW[row] for row in arriving])
+        budgets = {row: self._budget(row, step) for row, step in steps.items()}
+        return self._reply(sorted(steps), budgets, on_token or (lambda row, token: None))
 
-    def _open_turn(self, row: int, text: str, system: str | None) -> None:
+    def _budget(self, row: int, step: Step) -> int:
+        """How many tokens may be said in the slot: what the rate of speech leaves, but at least one."""
         state = self._rows[row]
-        opened = state.length > 0 or bool(state.pending)
-        ids = self._template.close_turn() if opened else self._template.system_prefix(system)
+        if not state.running:
+            state.reply_start_s, state.reply_tokens = step.time_s, 0
+        if math.isinf(step.end_s):
+            return self._config.last_slot_tokens
+        elapsed_s = step.end_s - state.reply_start_s
+        # the compiler's rule, see `streams/timeline.py`
+        return max(1, int(self._compiler.tokens_per_second * elapsed_s + 1e-6) - state.reply_tokens)
+
+    def _open_turn(self, row: int, text: str) -> None:
+        state = self._rows[row]
+        opened = state.length > 0
+        ids = self._template.close_turn() if opened else self._template.system_prefix(state.system)
         self._queue(row, [*ids, *self._template.user_turn(text)])
         state.running = False
 
-    def _add_frames(self, frames_by_row: Mapping[int, torch.Tensor]) -> None:
+    def _add_frames(self, rows: Sequence[int], frames_CHW: Sequence[torch.Tensor]) -> None:
         anchor = self._tokenizer.special.anchor
         positions = []
-        for row in frames_by_row:
+        for row in rows:
             state = self._rows[row]
             positions.append(state.length + len(state.pending))
             state.frames += 1
             self._queue(row, [anchor])
         self._model.add_frames(
             self._state,
-            torch.stack(list(frames_by_row.values())).to(self._device),
-            torch.tensor(list(frames_by_row), device=self._device),
+            torch.stack(list(frames_CHW)).to(self._device),
+            torch.tensor(list(rows), device=self._device),
             torch.tensor(positions, device=self._device),
         )
 
@@ -166,8 +157,8 @@ class StreamingDecoder:
             ids_RL[row, :count] = torch.tensor([token for token, _ in state.pending])
             positions_RL[row, :count] = torch.arange(state.length, state.length + count)
             hi_RL[row, :count] = seen
-            if self._window is not None:
-                lo_RL[row, :count] = (seen - self._window).clamp_min(0)
+            if self._compiler.window is not None:
+                lo_RL[row, :count] = (seen - self._compiler.window).clamp_min(0)
             lengths_R[row] = count
             state.length += count
             state.pending = []
@@ -178,7 +169,7 @@ class StreamingDecoder:
             lengths_R.to(self._device),
             visible_lo_RL=lo_RL.to(self._device),
             visible_hi_RL=hi_RL.to(self._device),
-            sinks=self._sinks,
+            sinks=self._compiler.sinks,
         )
         last = torch.tensor(list(rows), device=self._device)
         return logits_RLV[last, (lengths_R[list(rows)] - 1).to(self._device)]
@@ -204,6 +195,7 @@ class StreamingDecoder:
                     if not output.ids:
                         output.state = "continue" if state.running else "speak"
                     output.ids.append(token)
+                    state.reply_tokens += 1
                     self._queue(row, [token])
                     on_token(row, token)
                     speaking.append(row)
@@ -212,7 +204,7 @@ class StreamingDecoder:
 
     def _choose(self, rows: Sequence[int], logits_RV: torch.Tensor, deciding: bool) -> tuple[list[int], list[float]]:
         """The next token of each row and P(silence). With `deciding` the rows stand at the start of a slot."""
-        logits_RV = logits_RV.float().index_fill(1, self._forbidden, -torch.inf)
+        logits_RV = logits_RV[:, : self._tokenizer.vocabulary_size].float().index_fill(1, self._forbidden, -torch.inf)
         silence_R = logits_RV.softmax(-1)[:, self._silence]
         tokens_R = logits_RV.argmax(-1)
         threshold = self._config.speak_threshold
@@ -224,7 +216,7 @@ class StreamingDecoder:
         return tokens_R.tolist(), silence_R.tolist()
 
 
-def forbidden_tokens(tokenizer: Any) -> list[int]:
+def forbidden_tokens(tokenizer: StreamTokenizer) -> list[int]:
     """The rows of the head that a model must never say: every special token but silence."""
     special = tokenizer.special
     roles = (
@@ -236,11 +228,16 @@ def forbidden_tokens(tokenizer: Any) -> list[int]:
         special.video,
         special.anchor,
         special.padding,
-        getattr(special, "ellipsis", None),
+        special.ellipsis,
     )
     return sorted({token for token in roles if token is not None and token < tokenizer.vocabulary_size})
 
 
-def most_tokens(prompt_tokens: int, budgets: Sequence[int]) -> int:
-    """Upper bound of a row's length: its prompts, and per slot an anchor, the budget and a silence."""
-    return prompt_tokens + sum(budget + 2 for budget in budgets)
+def most_tokens(schedule: Schedule, tokenizer: StreamTokenizer, compiler: CompilerConfig, config: DecodeConfig) -> int:
+    """The most tokens that the row of `schedule` can come to: prompts, an anchor, a silence and the replies."""
+    template = TurnTemplate(tokenizer)
+    prompts = len(template.system_prefix(schedule.system))
+    prompts += sum(len(template.user_turn(step.user)) + 1 for step in schedule.steps if step.user is not None)
+    slots = len(schedule.steps)
+    spoken = int((schedule.steps[-1].time_s - schedule.steps[0].time_s) * compiler.tokens_per_second) + slots
+    return prompts + 2 * slots + spoken + config.last_slot_tokens

@@ -183,9 +183,7 @@ def streaming_figures(
 
 def slot_errors(transcript: StreamTranscript) -> list[bool]:
     """Per slot, whether the model spoke where the reference is silent or the other way round."""
-    return [
-        slot.reference_state != "unknown" and slot.speaks != slot.reference_speaks for slot in transcript.slots
-    ]
+    return [slot.reference_state != "unknown" and slot.speaks != slot.reference_speaks for slot in transcript.slots]
 
 
 def _ratio(part: float, whole: float) -> float:

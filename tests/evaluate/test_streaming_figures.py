@@ -45,7 +45,16 @@ def make(reference: str, model: str, questions=(), revisions=(), confirmations=(
         event = f"a{count}" if reference_state in ("speak", "continue") else None
         slots.append(
             SlotRecord(
-                frame, opens, float(max(frame, 0)), reference_state, reference_text, reference_ends, event, state, text, ends
+                frame,
+                opens,
+                float(max(frame, 0)),
+                reference_state,
+                reference_text,
+                reference_ends,
+                event,
+                state,
+                text,
+                ends,
             )
         )
     return StreamTranscript("k", (), tuple(slots), tuple(questions), tuple(revisions), tuple(confirmations))
@@ -89,7 +98,8 @@ def test_question_about_what_was_seen_counts_apart():
     assert result["answer_accuracy"] == result["answer_accuracy_evidence_before"] == 1.0
     assert (result["n_questions"], result["n_answers"]) == (1, 0)
     # what was said before the question answers nothing
-    assert figures(make("?. | . | . | . | ?. | Red. | .", "?. | Red. | . | . | ?. | . | .", [question]))["answer_accuracy"] == 0
+    early = make("?. | . | . | . | ?. | Red. | .", "?. | Red. | . | . | ?. | . | .", [question])
+    assert figures(early)["answer_accuracy"] == 0
 
 
 def test_answer_in_the_slot_that_the_interrupting_turn_opens():
@@ -225,7 +235,8 @@ def test_a_perfect_transcript_has_perfect_figures():
 
 def test_replies_are_put_together_from_slots():
     transcript = make("?. | A… | b… | c. | . | D… | .", "?. | A. | b. | . | c… | . | d…")
-    assert [(reply.text, reply.slot, reply.last_slot, reply.complete) for reply in reference_utterances(transcript.slots)] == [
+    replies = reference_utterances(transcript.slots)
+    assert [(reply.text, reply.slot, reply.last_slot, reply.complete) for reply in replies] == [
         ("Abc.", 1, 3, True),
         ("D", 5, 5, False),
     ]
