@@ -34,7 +34,7 @@ class LearningRate:
 
     def _rise(self, step: int) -> float:
         if self.optim.warmup == "logarithmic":
-            # deepspeed.runtime.lr_schedules.WarmupLR, one step earlier: its first step has rate 0.
+            # deepspeed.runtime.lr_schedules.WarmupLR over W+1 steps without the first, whose rate is 0.
             return math.log(step + 2) / math.log(self.warmup_steps + 1)
         return (step + 1) / self.warmup_steps
 
