@@ -13,13 +13,18 @@ from moss_train.streams import rules
 from moss_train.streams.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
 Seconds = Annotated[float, Field(allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 
 
 class Strict(BaseModel):
     """Unknown fields are refused, and nothing is converted from another JSON type."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, populate_by_name=True, use_attribute_docstrings=True
+    )
 
 
 class Media(Strict):
@@ -28,24 +33,26 @@ class Media(Strict):
     id: Name
     kind: Literal["video", "image"]
     member: Annotated[str, Field(pattern=rf"^(\d+\.)?({'|'.join(VIDEO_EXTENSIONS + IMAGE_EXTENSIONS)})$")]
-    duration_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """What follows `{key}.` in the member's name: "mp4" for an only medium, "0.mp4", "1.jpg", ... for several."""
+    duration_s: NonNegative | None = None
+    """Seconds; what the index measured wins."""
 
 
 class OfflineSampling(Strict):
     """Which frames of the videos are shown; what is absent comes from the compiler's configuration."""
 
-    fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    fps: Rate | None = None
     min_frames: Annotated[int, Field(ge=1)] | None = None
     max_frames: Annotated[int, Field(ge=1)] | None = None
-    start_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    start_s: NonNegative = 0.0
     end_s: Seconds | None = None
 
 
 class StreamSampling(Strict):
     """Frames arrive at start_s + k / fps while that is below end_s, in seconds of the video's clock."""
 
-    fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    start_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    fps: Rate | None = None
+    start_s: NonNegative = 0.0
     end_s: Seconds
 
 
@@ -56,6 +63,7 @@ class UserEvent(Strict):
     t: Seconds
     role: Literal["user"]
     kind: Literal["ask", "interrupt"] = "ask"
+    """Either ends a reply that still runs; `interrupt` says so where `chunks` or `words` leave it open."""
     text: str
 
 
@@ -66,17 +74,25 @@ class Reply(Strict):
     t: Seconds
     role: Literal["assistant"]
     kind: Literal["speak", "revise"]
-    text: Annotated[str, Field(min_length=1)]
-    evidence: Annotated[list[Seconds], Field(max_length=2)] | None = None  #: [from, to]; [] = rests on nothing seen
-    reply_to: Name | None = None  #: id of the user event it answers
-    supersedes: Name | None = None  #: id of the earlier reply it replaces; needed by "revise"
-    chunks: Annotated[list[tuple[Seconds, Annotated[str, Field(min_length=1)]]], Field(min_length=1)] | None = None
-    words: Annotated[list[tuple[Seconds, Seconds, Annotated[str, Field(min_length=1)]]], Field(min_length=1)] | None = (
-        None
-    )
-    complete: bool = True  #: false: the reply breaks off, no silence ends it
-    stale: bool = False  #: true: known to be wrong when said; its labels get kind STALE
-    train: bool = True  #: false: stays in the row, but nothing of it is trained
+    """`revise` replaces the reply named in `supersedes`."""
+    text: Text
+    """All that is said, also when `chunks` or `words` say when."""
+    evidence: Annotated[list[Seconds], Field(max_length=2)] | None = None
+    """[from, to], when the video shows what the reply says; [] = it rests on nothing seen."""
+    reply_to: Name | None = None
+    """Id of the user event it answers."""
+    supersedes: Name | None = None
+    """Id of the earlier reply it replaces; needed by "revise"."""
+    chunks: Annotated[list[tuple[Seconds, Text]], Field(min_length=1)] | None = None
+    """[time, text] of each slot, exactly: each text is tokenised alone. Wins over `words`."""
+    words: Annotated[list[tuple[Seconds, Seconds, Text]], Field(min_length=1)] | None = None
+    """[start, end, word] as spoken; a word stands in the first slot that is not before its start."""
+    complete: bool = True
+    """False: the reply breaks off at the end of its turn, and no silence ends it."""
+    stale: bool = False
+    """True: known to be wrong when said; its labels get kind STALE."""
+    train: bool = True
+    """False: stays in the row, but nothing of it is trained."""
 
 
 class SilenceInterval(Strict):
@@ -114,7 +130,8 @@ Event = Annotated[
 class _SampleBase(Strict):
     id: Name
     media: list[Media]
-    source_metadata: dict[str, Any] | None = None  #: what an importer needs to write the source row again
+    source_metadata: dict[str, Any] | None = None
+    """What an importer needs to write the source row again."""
 
     _key: str | None = PrivateAttr(default=None)
 
@@ -149,7 +166,8 @@ class Message(Strict):
 
     role: Literal["user", "assistant"]
     content: str
-    train: bool = True  #: false (assistant only): the turn is context, not a target
+    train: bool = True
+    """False (assistant only): the turn is context, not a target."""
 
 
 class ConversationSample(_SampleBase):

@@ -65,8 +65,8 @@ def build_timeline(
                 raise SampleError(
                     sample.key,
                     f"events[{index}].t: reply {event.id!r} starts at {slots[start].time_s} s while "
-                    f"{last_taken[1].id!r} still runs (until after {running_until} s); one reply at a time: move it, shorten the "
-                    "earlier one, or raise compiler.tokens_per_second",
+                    f"{last_taken[1].id!r} still runs (until after {running_until} s); one reply at a time: "
+                    "move it, shorten the earlier one, or raise compiler.tokens_per_second",
                 )
             last_taken = (_place(sample, index, event, start, slots, config, tokenizer), event)
     _mark_silence(sample, slots, config)
