@@ -12,6 +12,7 @@ import logging
 import os
 
 import torch
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like")
@@ -56,6 +57,9 @@ def _without_cuda_device(factory):
 def _patch_devices() -> None:
     torch.cuda.current_device = lambda: _CPU
     torch.cuda.synchronize = lambda *args, **kwargs: None
+    # `with torch.device("meta")` knows the factories by identity and reads them once; let it read the real ones,
+    # which the wrapped ones call, or models could not be built on the meta device any more.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _without_cuda_device(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
