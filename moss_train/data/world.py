@@ -29,9 +29,9 @@ from moss_train.data.scenes import (
 )
 
 STREAM_SECONDS = 12
-SYSTEM = "Watch. Speak when you know, else stay silent."
+SYSTEM = "Say what you see."
 QUESTIONS = {"colour": "What colour is it?", "place": "Where is it?", "count": "How many are there?"}
-DESCRIBE = "Tell me all about it."
+DESCRIBE = "Describe it."
 
 #: share of each behaviour among streams; see `sample_stream`
 SCENARIOS: dict[str, float] = {
@@ -237,10 +237,11 @@ def _interruption(script: _Script) -> int:
     """A running description is cut by a question that is answered at once, before the next frame."""
     started, about, since = _describe(script)
     attribute = script.attribute()
-    cut_t = started + 0.5
+    heard = script.between(0, 1)  # frames that arrived during the description; it needs three at 6 tokens a second
+    cut_t = started + heard + 0.5
     name = script.ask(cut_t, "Stop. " + QUESTIONS[attribute], kind="interrupt")
-    script._answer(name, cut_t, cut_t, attribute, about, (since, started))
-    return started + 1
+    script._answer(name, cut_t, cut_t, attribute, about, (since, started + heard))
+    return started + heard + 1
 
 
 def _two_questions(script: _Script) -> int:
