@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.progress import track
 
+from moss_train.data.decode_job import read_range
 from moss_train.data.media_probe import MediaProbe, probe_media
 from moss_train.errors import DataError, SampleError
 from moss_train.streams.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
@@ -178,19 +179,6 @@ def _kind_of(text: bytes) -> str:
     except (ValueError, AttributeError, RecursionError):
         return INVALID_KIND
     return name.partition("/")[2].partition("@")[0] if isinstance(name, str) and name in SAMPLE_TYPES else INVALID_KIND
-
-
-def read_range(path: Path, offset: int, size: int) -> bytes:
-    """`size` bytes of a shard; DataError when they are not there."""
-    try:
-        with path.open("rb") as raw:
-            raw.seek(offset)
-            data = raw.read(size)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    if len(data) != size:
-        raise DataError(f"{path} is cut short: {size} bytes expected at {offset}, {len(data)} found")
-    return data
 
 
 def file_sha256(path: Path) -> str:

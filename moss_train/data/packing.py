@@ -67,7 +67,7 @@ def deal_rows(costs: list[float], ranks: int) -> list[list[int]]:
     No rank gets more than ceil(n / ranks) rows, so that the ranks need the same number of microbatches. Each rank's
     rows come dearest first, so that the ranks' microbatches of one number cost about the same.
     """
-    places = -(-len(costs) // ranks)
+    places = _ceil_div(len(costs), ranks)
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     load = [0.0] * ranks
     for row in sorted(range(len(costs)), key=lambda r: (-costs[r], r)):
@@ -79,7 +79,7 @@ def deal_rows(costs: list[float], ranks: int) -> list[list[int]]:
 
 def microbatch_count(rows: int, ranks: int, micro_batch_rows: int) -> int:
     """Microbatches every rank runs for `rows` rows; at least one, so that no rank skips a collective."""
-    return max(1, -(-(-(-rows // ranks)) // micro_batch_rows))
+    return max(1, _ceil_div(_ceil_div(rows, ranks), micro_batch_rows))
 
 
 def cut_microbatches(rows: list[int], count: int) -> list[list[int]]:
@@ -87,3 +87,7 @@ def cut_microbatches(rows: list[int], count: int) -> list[list[int]]:
     short, longer = divmod(len(rows), count)
     ends = [(number + 1) * short + min(number + 1, longer) for number in range(count)]
     return [rows[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _ceil_div(number: int, divisor: int) -> int:
+    return -(-number // divisor)

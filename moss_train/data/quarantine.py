@@ -16,7 +16,8 @@ class Fault:
     shard: str
     epoch: int
     step: int
-    backend: str  #: "schema", "compiler", or the decoder asked: "auto", "decord", "pyav"
+    backend: str  #: "compiler", or the decoder that was asked: "auto", "decord", "pyav"
+    exception: str  #: name of the exception's type
 
 
 class Quarantine:
@@ -51,13 +52,12 @@ class Quarantine:
             return
         self._bad[fault.source, error.key] = error.reason
         if write and self._path is not None:
-            cause = error.__cause__ or error
             entry = {
                 "key": error.key,
                 "source": fault.source,
                 "shard": fault.shard,
                 "reason": error.reason,
-                "exception": getattr(error, "exception", type(cause).__name__),
+                "exception": fault.exception,
                 "backend": fault.backend,
                 "epoch": fault.epoch,
                 "step": fault.step,

@@ -1,0 +1,166 @@
+"""Decoder processes that can be killed: decord cannot be interrupted, and a broken file may crash or hang it.
+
+Each process is owned by one thread of the training process, which hands it a job, reads the pictures from a pipe
+(the thread sleeps in the kernel meanwhile) and kills it when the deadline passes.
+"""
+
+import json
+import math
+import os
+import queue
+import select
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+
+from moss_train.data.decode import DecodedArrays
+from moss_train.data.decode_job import DecodeJob
+from moss_train.errors import ConfigError, DataError, SampleError
+
+#: seconds a decoder process may take to start (imports, on a crowded machine)
+START_TIMEOUT_S = 180.0
+
+
+class DecodeFailure(SampleError):
+    """A sample that a decoder process refused; `exception` names the type of the error raised there."""
+
+    def __init__(self, key: str, reason: str, exception: str):
+        super().__init__(key, reason)
+        self.exception = exception
+
+
+class DecodePool:
+    """`workers` decoder processes, started when the first job comes."""
+
+    def __init__(self, workers: int, timeout_s: float):
+        if workers < 1:
+            raise ValueError("a pool needs at least one worker")
+        self._jobs: queue.SimpleQueue[tuple[DecodeJob, Future] | None] = queue.SimpleQueue()
+        self._timeout_s = timeout_s
+        self._processes: dict[int, _DecoderProcess] = {}
+        self._closing = False
+        self._threads = [
+            threading.Thread(target=self._serve, args=(number,), name=f"decode-{number}", daemon=True)
+            for number in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: DecodeJob) -> "Future[DecodedArrays]":
+        """The pictures of a job, in the order of submission; the future raises SampleError or DataError."""
+        if self._closing:
+            raise RuntimeError("the decode pool is closed")
+        future: Future[DecodedArrays] = Future()
+        self._jobs.put((job, future))
+        return future
+
+    def close(self) -> None:
+        """Cancel what waits, end the processes and wait for their threads. May be called twice."""
+        self._closing = True
+        for _ in self._threads:
+            self._jobs.put(None)
+        for process in list(self._processes.values()):
+            process.kill()
+        for thread in self._threads:
+            thread.join()
+
+    def _serve(self, number: int) -> None:
+        while (task := self._jobs.get()) is not None:
+            job, future = task
+            if self._closing:
+                future.cancel()
+                continue
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                if number not in self._processes:
+                    self._processes[number] = _DecoderProcess()
+                future.set_result(self._processes[number].decode(job, self._timeout_s))
+            except BaseException as error:  # whatever it is belongs to whoever waits for the pictures
+                future.set_exception(error)
+            if number in self._processes and not self._processes[number].usable:
+                self._processes.pop(number).kill()
+        if number in self._processes:
+            self._processes.pop(number).kill()
+
+
+class _DecoderProcess:
+    """One decoder process and the pipe to it."""
+
+    def __init__(self) -> None:
+        package_root = str(Path(__file__).resolve().parents[2])
+        paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "moss_train.data.decode_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            # A Ctrl-C at the terminal is for the training process, which then ends us by closing the pipe.
+            start_new_session=True,
+        )
+        self.usable = True
+        self._unread = b""
+        self._deadline = math.inf
+
+    def decode(self, job: DecodeJob, timeout_s: float) -> DecodedArrays:
+        """Run one job; raises SampleError, also when the process dies or misses the deadline over it."""
+        try:
+            if self._deadline == math.inf:
+                self._deadline = time.monotonic() + START_TIMEOUT_S
+                if self._read_line() != b"ready":
+                    raise EOFError
+            self._deadline = time.monotonic() + timeout_s
+            self._process.stdin.write(json.dumps(job.to_json()).encode() + b"\n")
+            self._process.stdin.flush()
+            header = json.loads(self._read_line())
+            if "failed" in header:
+                raise _error_of(header, job.key)
+            frames = np.frombuffer(self._read(math.prod(header["shape"])), np.uint8).reshape(header["shape"])
+            return DecodedArrays(frames, header["backend"], np.array(header["times_s"]), header["note"])
+        except TimeoutError as error:
+            self.usable = False
+            raise SampleError(job.key, f"decoding took longer than data.decode_timeout_s={timeout_s:g}") from error
+        except (EOFError, BrokenPipeError) as error:
+            self.usable = False
+            code = self._process.wait()
+            raise SampleError(job.key, f"the decoder process died over it (exit code {code})") from error
+
+    def kill(self) -> None:
+        self.usable = False
+        self._process.kill()
+        self._process.wait()
+
+    def _read_line(self) -> bytes:
+        while b"\n" not in self._unread:
+            self._unread += self._read_some()
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line
+
+    def _read(self, count: int) -> bytearray:
+        data = bytearray(self._unread[:count])
+        self._unread = self._unread[count:]
+        while len(data) < count:
+            data += self._read_some(count - len(data))
+        return data
+
+    def _read_some(self, most: int = 1 << 20) -> bytes:
+        descriptor = self._process.stdout.fileno()
+        left = self._deadline - time.monotonic()
+        if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+            raise TimeoutError
+        data = os.read(descriptor, most)
+        if not data:
+            raise EOFError
+        return data
+
+
+def _error_of(header: dict, key: str) -> Exception:
+    if header["failed"] == "sample":
+        return DecodeFailure(key, header["reason"], header["exception"])
+    return (DataError if header["failed"] == "data" else ConfigError)(header["reason"])

@@ -1,0 +1,351 @@
+"""The training loader: global batches in the order of the run, this rank's rows decoded and collated.
+
+Every rank plans every global batch from compiled lengths (no pixel involved), so all ranks agree on rows and
+microbatches without talking to each other; each decodes only the streams of its own rows. The loader's state is
+(epoch, step, fingerprint), whatever the number of ranks and workers.
+"""
+
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moss_train.data.batch import Batch
+from moss_train.data.blend import Blend, blend_source
+from moss_train.data.collate import collate
+from moss_train.data.config import DataConfig
+from moss_train.data.corpus import Corpus, load_source
+from moss_train.data.decode_pool import DecodeFailure, DecodePool
+from moss_train.data.frame_store import FrameStore, PendingFrames
+from moss_train.data.order import augmentation_rng
+from moss_train.data.packing import CostModel, cut_microbatches, deal_rows, microbatch_count, pack_rows
+from moss_train.data.quarantine import Fault, Quarantine
+from moss_train.errors import ConfigError, DataError, SampleError
+from moss_train.streams.compiled import CompiledStream
+from moss_train.streams.config import CompilerConfig
+from moss_train.streams.tokenizer import StreamTokenizer
+
+
+@dataclass
+class GlobalStep:
+    """What one rank trains on in one optimizer step."""
+
+    epoch: int
+    step: int  #: within the epoch
+    microbatches: list[Batch]  #: this rank's; every rank has as many
+    keys: list[str]  #: of the whole global batch, masked samples included
+    data_wait_s: float  #: seconds the caller waited for this step
+    masked: int  #: streams left out: over budget or bad on every rank, or failed to decode on this one
+
+
+@dataclass
+class _Stream:
+    """One usable stream of a global batch."""
+
+    corpus: Corpus
+    compiled: CompiledStream
+
+
+@dataclass
+class _Plan:
+    """One global batch, before its pixels."""
+
+    epoch: int
+    step: int
+    keys: list[str]
+    streams: list[_Stream] = field(default_factory=list)
+    microbatches: list[list[list[int]]] = field(default_factory=list)  #: this rank's: microbatch → row → streams
+    frames: dict[int, PendingFrames | torch.Tensor] = field(default_factory=dict)  #: of this rank's streams
+    bad: list[tuple[Corpus, SampleError]] = field(default_factory=list)
+    over_budget: list[CompiledStream] = field(default_factory=list)
+
+
+def build_loader(
+    data: DataConfig,
+    compiler: CompilerConfig,
+    tokenizer: StreamTokenizer,
+    image_size: int,
+    seed: int,
+    data_rank: int = 0,
+    data_ranks: int = 1,
+    quarantine_path: Path | None = None,
+) -> "Loader":
+    """Open every source of the blend. `image_size` in pixels; `quarantine_path` is the ledger to append to.
+
+    Ranks that share a `data_rank` see the same data; give the ledger's path to one of them.
+    Raises ConfigError for illegal settings, DataError for sources that are missing, damaged or stale.
+    """
+    data.validate()
+    if not 0 <= data_rank < data_ranks:
+        raise ConfigError(f"data rank {data_rank} does not exist among {data_ranks} data ranks")
+    corpora = [
+        load_source(
+            source.path, tokenizer, compiler, image_size, data.decoder, data.max_frame_pixels, source.name or name
+        )
+        for name, source in data.sources.items()
+    ]
+    names = [corpus.name for corpus in corpora]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"data.sources has two sources of one name among {', '.join(names)}")
+    weights = [source.weight for source in data.sources.values()]
+    blend = Blend([blend_source(c.name, w, c.index) for c, w in zip(corpora, weights, strict=True)], data, seed)
+    # Augmented streams differ from epoch to epoch, so keeping them would only fill memory.
+    augmented = compiler.jitter_probability > 0
+    return Loader(data, corpora, blend, image_size, augmented, data_rank, data_ranks, quarantine_path)
+
+
+class Loader:
+    """Iterates for ever over `GlobalStep`; use as a context manager or call `close()`."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        corpora: list[Corpus],
+        blend: Blend,
+        image_size: int,
+        augmented: bool,
+        data_rank: int,
+        data_ranks: int,
+        quarantine_path: Path | None,
+    ):
+        self._data = data
+        self._corpora = corpora
+        self._blend = blend
+        self._image_size = image_size
+        self._augmented = augmented
+        self._rank = data_rank
+        self._ranks = data_ranks
+        self._cost = CostModel()
+        pool = DecodePool(data.workers, data.decode_timeout_s) if data.workers else None
+        self._store = FrameStore(pool, data.frame_cache_mb)
+        self._streams = _StreamCache(data.compiled_cache_mb)
+        self._quarantine = Quarantine(quarantine_path, sum(map(len, corpora)), data.max_bad_fraction)
+        self._counters: Counter[str] = Counter()
+        self._planned: deque[_Plan] = deque()
+        self._next = (0, 0)  #: the step to be delivered next
+        self._closed = False
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the decoder processes. May be called twice."""
+        self._closed = True
+        self._planned.clear()
+        self._store.close()
+
+    def steps_per_epoch(self, epoch: int = 0) -> int:
+        """Global batches of an epoch; its last one is completed with the epoch's first samples."""
+        return self._blend.steps_per_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able: the step to be delivered next, the order's fingerprint and the settings behind it."""
+        epoch, step = self._next
+        return {
+            "epoch": epoch,
+            "step": step,
+            "fingerprint": self._blend.fingerprint,
+            "order": self._blend.order_settings,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a saved run stopped. Raises DataError when this run has another order of samples."""
+        if state["fingerprint"] != self._blend.fingerprint:
+            saved, now = state.get("order", {}), self._blend.order_settings
+            names = [name for name in now if saved.get(name) != now[name]]
+            changes = "; ".join(f"{name} was {saved.get(name)!r}, is {now[name]!r}" for name in names)
+            raise DataError(
+                f"the order of samples differs from the saved run's ({changes}): restore these settings, "
+                "or start the stage anew"
+            )
+        epoch, step = state["epoch"], state["step"]
+        if not (epoch >= 0 and 0 <= step < self.steps_per_epoch(epoch)):
+            raise DataError(f"the saved position, epoch {epoch} step {step}, does not exist")
+        self._next = (epoch, step)
+        self._planned.clear()
+
+    def summary(self) -> dict[str, Any]:
+        """Figures of the blend, to be shown before training."""
+        sources = {}
+        for corpus, source in zip(self._corpora, self._blend.sources, strict=True):
+            entries = corpus.index.samples
+            media = [facts for entry in entries for facts in entry.media.values()]
+            readable = [facts for facts in media if not isinstance(facts, str)]
+            sources[corpus.name] = {
+                "samples": len(entries),
+                "weight": source.weight,
+                "epoch_samples": source.epoch_samples,
+                "share": source.epoch_samples / self._blend.epoch_samples,
+                "kinds": dict(Counter(entry.kind for entry in entries)),
+                "video_hours": sum(facts.duration_s for facts in readable) / 3600,
+                "unreadable_media": len(media) - len(readable),
+            }
+        return {
+            "sources": sources,
+            "epoch_samples": self._blend.epoch_samples,
+            "steps_per_epoch": self.steps_per_epoch(0),
+            "global_batch_size": self._blend.batch_size,
+            "wrapped_samples": self._blend.wrapped_samples,
+            "fingerprint": self._blend.fingerprint,
+        }
+
+    def counters(self) -> dict[str, int]:
+        """Since the loader was built: streams delivered, masked and over budget, samples quarantined, clips decoded."""
+        return {
+            "streams": self._counters["streams"],
+            "masked": self._counters["masked"],
+            "over_budget": self._counters["over_budget"],
+            "quarantined": len(self._quarantine),
+            "clips_decoded": self._store.decoded,
+            "clips_cached": self._store.cached,
+        }
+
+    def __iter__(self) -> Iterator[GlobalStep]:
+        return self
+
+    def __next__(self) -> GlobalStep:
+        if self._closed:
+            raise RuntimeError("the loader is closed")
+        began = time.perf_counter()
+        self._plan_ahead()
+        plan = self._planned.popleft()
+        masked = self._record_faults(plan)
+        microbatches = []
+        for rows in plan.microbatches:
+            kept = [[s for s in row if self._has_frames(plan, s)] for row in rows]
+            masked += sum(map(len, rows)) - sum(map(len, kept))
+            microbatches.append(
+                collate(
+                    [[(plan.streams[s].compiled, self._frames(plan, s)) for s in row] for row in kept],
+                    self._image_size,
+                    [[plan.streams[s].corpus.name for s in row] for row in kept],
+                )
+            )
+            self._counters["streams"] += sum(map(len, kept))
+        self._counters["masked"] += masked
+        self._next = self._after(plan.epoch, plan.step)
+        # The next steps' clips are decoded while this one is trained.
+        self._plan_ahead()
+        waited = time.perf_counter() - began
+        return GlobalStep(plan.epoch, plan.step, microbatches, plan.keys, waited, masked)
+
+    def _after(self, epoch: int, step: int) -> tuple[int, int]:
+        return (epoch, step + 1) if step + 1 < self.steps_per_epoch(epoch) else (epoch + 1, 0)
+
+    def _plan_ahead(self) -> None:
+        """Keep `prefetch` steps planned beyond the next one, or just that one when nothing decodes in between."""
+        ahead = self._data.prefetch + 1 if self._store.pool is not None else 1
+        while len(self._planned) < ahead:
+            last = self._planned[-1] if self._planned else None
+            epoch, step = self._after(last.epoch, last.step) if last else self._next
+            self._planned.append(self._plan(epoch, step))
+
+    def _plan(self, epoch: int, step: int) -> _Plan:
+        """Compile one global batch, lay it in rows, take this rank's share and ask for its frames."""
+        entries = self._blend.global_batch(epoch, step)
+        plan = _Plan(epoch, step, [self._corpora[source].keys[number] for source, number in entries])
+        for (source, _), key in zip(entries, plan.keys, strict=True):
+            corpus = self._corpora[source]
+            compiled = self._compile(corpus, key, epoch)
+            if isinstance(compiled, SampleError):
+                plan.bad.append((corpus, compiled))
+            elif len(compiled.ids) > self._data.pack_text_tokens or len(compiled.frames) > self._data.pack_frames:
+                plan.over_budget.append(compiled)
+            else:
+                plan.streams.append(_Stream(corpus, compiled))
+        lengths = [(len(stream.compiled.ids), len(stream.compiled.frames)) for stream in plan.streams]
+        rows = [[number] for number in range(len(lengths))]
+        if self._data.pack:
+            tokens, frames = [t for t, _ in lengths], [f for _, f in lengths]
+            rows = pack_rows(tokens, frames, self._data.pack_text_tokens, self._data.pack_frames)
+        costs = [sum(self._cost.stream(*lengths[stream]) for stream in row) for row in rows]
+        mine = deal_rows(costs, self._ranks)[self._rank]
+        count = microbatch_count(len(rows), self._ranks, self._data.micro_batch_rows)
+        plan.microbatches = [[rows[row] for row in run] for run in cut_microbatches(mine, count)]
+        for number in (stream for run in plan.microbatches for row in run for stream in row):
+            stream = plan.streams[number]
+            # A sample that failed before stays in its row's plan, which all ranks share, but is not tried again.
+            if self._quarantine.reason(stream.corpus.name, stream.compiled.key) is None:
+                plan.frames[number] = self._store.request(stream.corpus, stream.compiled.key, stream.compiled.frames)
+        return plan
+
+    def _compile(self, corpus: Corpus, key: str, epoch: int) -> CompiledStream | SampleError:
+        cached = self._streams.get(corpus.name, key)
+        if cached is not None:
+            return cached
+        try:
+            rng = augmentation_rng(self._blend.seed, epoch, key) if self._augmented else None
+            compiled = corpus.compile(key, rng)
+        except SampleError as error:
+            return error
+        if not self._augmented:
+            self._streams.put(corpus.name, key, compiled)
+        return compiled
+
+    def _record_faults(self, plan: _Plan) -> int:
+        """Quarantine what did not compile, count what is over budget; returns the number of streams masked."""
+        for corpus, error in plan.bad:
+            self._add_fault(corpus, error, plan, "compiler", self._rank == 0)
+        self._counters["over_budget"] += len(plan.over_budget)
+        if plan.over_budget and not plan.streams:
+            tokens = min(len(stream.ids) for stream in plan.over_budget)
+            frames = min(len(stream.frames) for stream in plan.over_budget)
+            raise DataError(
+                f"every stream of epoch {plan.epoch} step {plan.step} is over budget (smallest: {tokens} tokens, "
+                f"{frames} frames): raise data.pack_text_tokens={self._data.pack_text_tokens} or "
+                f"data.pack_frames={self._data.pack_frames}"
+            )
+        return len(plan.bad) + len(plan.over_budget)
+
+    def _has_frames(self, plan: _Plan, number: int) -> bool:
+        """Whether this rank's stream can be delivered; waits for its decoding."""
+        stream = plan.streams[number]
+        if number not in plan.frames:
+            return False
+        try:
+            self._frames(plan, number)
+        except SampleError as error:
+            self._add_fault(stream.corpus, error, plan, self._data.decoder, True)
+            return False
+        return True
+
+    def _frames(self, plan: _Plan, number: int) -> torch.Tensor:
+        frames = plan.frames[number]
+        return frames.result() if isinstance(frames, PendingFrames) else frames
+
+    def _add_fault(self, corpus: Corpus, error: SampleError, plan: _Plan, backend: str, write: bool) -> None:
+        exception = error.exception if isinstance(error, DecodeFailure) else type(error.__cause__ or error).__name__
+        shard = corpus.shard_name(error.key)
+        self._quarantine.add(error, Fault(corpus.name, shard, plan.epoch, plan.step, backend, exception), write)
+
+
+class _StreamCache:
+    """Compiled streams by (source, key), least recently used out first."""
+
+    def __init__(self, room_mb: int):
+        self._room = room_mb << 20
+        self._bytes = 0
+        self._streams: OrderedDict[tuple[str, str], tuple[CompiledStream, int]] = OrderedDict()
+
+    def get(self, source: str, key: str) -> CompiledStream | None:
+        found = self._streams.get((source, key))
+        if found is None:
+            return None
+        self._streams.move_to_end((source, key))
+        return found[0]
+
+    def put(self, source: str, key: str, stream: CompiledStream) -> None:
+        # Measured: an array's header takes about 110 bytes, a request or a slot with its texts about 200.
+        size = 1000 + 17 * len(stream.ids) * 2 + 200 * (len(stream.frames) + len(stream.slots))
+        self._streams[source, key] = (stream, size)
+        self._bytes += size
+        while self._bytes > self._room:
+            _, (_, oldest) = self._streams.popitem(last=False)
+            self._bytes -= oldest
