@@ -39,7 +39,10 @@ def parse_options(options_class: type[Options], arguments: Sequence[str]) -> Opt
             raise ConfigError(f"{key}= is given twice")
         seen.add(key)
         try:
-            OmegaConf.update(config, key, _value(type_at(options_class, key), text), force_add=True)
+            nested = _value(type_at(options_class, key), text)
+            for part in reversed(key.split(".")):
+                nested = {part: nested}
+            config = OmegaConf.merge(config, nested)  # unlike update, merge can create a typed entry of a dict field
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"{key}={text}: {first_line(error)}") from error
     missing = sorted(OmegaConf.missing_keys(config))
@@ -83,15 +86,13 @@ def check_path(root: type, path: str) -> None:
             node = get_args(node)[1]
         elif node is Any or node is dict:
             return
-        elif get_origin(node) is list and part.isdigit():
-            node = get_args(node)[0]
         else:
             raise ConfigError(f"{path}: {'.'.join(walked)} is a single value and has no field {part!r}")
         walked.append(part)
 
 
-def unknown_name(given: str, wrong: str, legal: Iterable[str], root: type | None = None) -> str:
-    """The text of the error for the key `wrong` (part of `given`), with the closest of the `legal` keys."""
+def unknown_name(given: str, wrong: str, legal: Iterable[str], root: type | None = None, what: str = "key") -> str:
+    """The text of the error for the `what` called `wrong` (part of `given`), with the closest `legal` names."""
     legal = list(legal)
     close = difflib.get_close_matches(wrong, legal, n=3, cutoff=0.6)
     if not close and root is not None:
@@ -99,8 +100,8 @@ def unknown_name(given: str, wrong: str, legal: Iterable[str], root: type | None
         last = given.rsplit(".", 1)[-1]
         close = [path for path in all_paths(root) if path.rsplit(".", 1)[-1] == last][:3]
     if close:
-        return f"unknown key {wrong!r}; did you mean {' or '.join(close)}?"
-    return f"unknown key {wrong!r}; legal here: {', '.join(legal)}"
+        return f"unknown {what} {wrong!r}; did you mean {' or '.join(close)}?"
+    return f"unknown {what} {wrong!r}; legal here: {', '.join(legal) or 'none'}"
 
 
 def all_paths(root: type, prefix: str = "") -> list[str]:
@@ -127,8 +128,6 @@ def type_at(root: type, path: str) -> Any:
             node = get_type_hints(node)[part]
         elif get_origin(node) is dict:
             node = get_args(node)[1]
-        elif get_origin(node) is list:
-            node = get_args(node)[0]
         else:
             return Any
     return node

@@ -56,10 +56,6 @@ def compose_run(arguments: Sequence[str]) -> RunConfig:
             (key.replace("*", stage, 1), text) for key, text in overrides for stage in (stages if _wild(key) else [""])
         ]
         config = _compose(expanded, folders)
-    for stage in config.stages.values():
-        for name, source in stage.data.sources.items():
-            if OmegaConf.is_missing(source, "name"):
-                source.name = name
     try:
         run: RunConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
