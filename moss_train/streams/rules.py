@@ -131,7 +131,10 @@ def check_stream(sample: "StreamSample") -> None:
                 fail(
                     (*path, "t"), f"{event.t}: events[{running[0]}] still runs until {running[1]}; one reply at a time"
                 )
-            running = (index, _check_reply(sample, path, event, seen))
+            last_t = _check_reply(sample, path, event, seen)
+            # what is said before the first frame is over when that frame arrives, at the very same time
+            said_before_frames = event.evidence == [] and last_t <= start_s + SAME_MOMENT_S
+            running = None if said_before_frames else (index, last_t)
         seen[event.id] = (index, "user" if event.role == "user" else event.kind)
 
 

@@ -189,6 +189,8 @@ def _emit_at_times(
     for position, (time_s, text) in enumerate(texts):
         while position and slots[slot].time_s < time_s - SAME_MOMENT_S and slot < len(slots) - 1:
             slot += 1
+        if position and slots[slot].opens_turn and slot < limit and slots[slot + 1].time_s <= time_s + SAME_MOMENT_S:
+            slot += 1  # the first frame arrives at the very time of the opening header
         if slot > limit:
             emission.cut = True
             break
