@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from moss_train.evaluate.config import DecodeConfig
@@ -144,35 +145,31 @@ class StreamingDecoder:
     def _feed(self, rows: Sequence[int]) -> torch.Tensor:
         """Feed what waits in `rows`; returns the logits [len(rows), V] after each row's last token."""
         longest = max(len(self._rows[row].pending) for row in rows)
-        shape = (len(self._rows), longest)
-        ids_RL = torch.zeros(shape, dtype=torch.long)
-        positions_RL = torch.zeros(shape, dtype=torch.long)
-        lo_RL = torch.zeros(shape, dtype=torch.int32)
-        hi_RL = torch.zeros(shape, dtype=torch.int32)
-        lengths_R = torch.zeros(len(self._rows), dtype=torch.long)
+        # numpy, since filling tensors element by element would cost more than a tiny model's forward
+        ids_RL, positions_RL = (np.zeros((len(self._rows), longest), np.int64) for _ in range(2))
+        lo_RL, hi_RL = (np.zeros((len(self._rows), longest), np.int32) for _ in range(2))
+        lengths_R = np.zeros(len(self._rows), np.int64)
         for row in rows:
             state = self._rows[row]
             count = len(state.pending)
-            seen = torch.tensor([frames for _, frames in state.pending], dtype=torch.int32)
-            ids_RL[row, :count] = torch.tensor([token for token, _ in state.pending])
-            positions_RL[row, :count] = torch.arange(state.length, state.length + count)
-            hi_RL[row, :count] = seen
-            if self._compiler.window is not None:
-                lo_RL[row, :count] = (seen - self._compiler.window).clamp_min(0)
+            ids_RL[row, :count], hi_RL[row, :count] = zip(*state.pending, strict=True)
+            positions_RL[row, :count] = np.arange(state.length, state.length + count)
             lengths_R[row] = count
             state.length += count
             state.pending = []
+        if self._compiler.window is not None:
+            lo_RL = np.maximum(0, hi_RL - np.int32(self._compiler.window))
+        last_R = torch.from_numpy(lengths_R[list(rows)] - 1).to(self._device)
         logits_RLV = self._model.extend(
             self._state,
-            ids_RL.to(self._device),
-            positions_RL.to(self._device),
-            lengths_R.to(self._device),
-            visible_lo_RL=lo_RL.to(self._device),
-            visible_hi_RL=hi_RL.to(self._device),
+            torch.from_numpy(ids_RL).to(self._device),
+            torch.from_numpy(positions_RL).to(self._device),
+            torch.from_numpy(lengths_R).to(self._device),
+            visible_lo_RL=torch.from_numpy(lo_RL).to(self._device),
+            visible_hi_RL=torch.from_numpy(hi_RL).to(self._device),
             sinks=self._compiler.sinks,
         )
-        last = torch.tensor(list(rows), device=self._device)
-        return logits_RLV[last, (lengths_R[list(rows)] - 1).to(self._device)]
+        return logits_RLV[torch.tensor(list(rows), device=self._device), last_R]
 
     def _reply(
         self, rows: list[int], budgets: Mapping[int, int], on_token: Callable[[int, int], None]

@@ -13,8 +13,8 @@ Definitions (the field's where it has any; see `docs/evaluation.md` for worked e
 * *Revision*: any reply started in [evidence, evidence + N] gives the new answer; its delay is counted in frames from
   the evidence (mean over the accurate revisions). *Stale*: the last reply up to the window's end that gives the old or
   the new answer gives the old one.
-* *False revision*: after something changed that does not change the answer, the model starts a reply in the window that
-  neither repeats the answer that still holds nor the model's own last reply.
+* *False revision*: after something changed that does not change the answer, the model says something in the window that
+  belongs to a reply which neither gives the answer that still holds nor repeats the model's own reply before it.
 
 An item that the reference's own transcript does not fulfil (a reply cut off by the user before it says anything, say)
 cannot be asked of a model: it is left out and counted in `n_unscorable`.
@@ -94,15 +94,16 @@ def answer_is_stale(stream: _Stream, revision: Revision, judge: Judge, window_fr
 
 
 def false_revisions(stream: _Stream, confirmation: Confirmation, judge: Judge, window_frames: int) -> list[Utterance]:
-    """The replies after a confirmation that change an answer which still holds."""
+    """The replies heard after a confirmation that change an answer which still holds."""
     end = stream.window_end(confirmation.slot, window_frames)
-    earlier = [reply.text for reply in stream.said if reply.slot < confirmation.slot]
-    standing = earlier[-1] if earlier else None
-    wrong = []
-    for reply in stream.started(confirmation.slot, end):
-        repeats = standing is not None and judge.same_answer(reply.text, standing)
-        if not repeats and not judge.same_answer(reply.text, confirmation.answer):
-            wrong.append(reply)
+    wrong, standing = [], None
+    for reply in stream.said:
+        if reply.slot >= end:
+            break
+        if reply.last_slot >= confirmation.slot:
+            repeats = standing is not None and judge.same_answer(reply.text, standing)
+            if not repeats and not judge.same_answer(reply.text, confirmation.answer):
+                wrong.append(reply)
         standing = reply.text
     return wrong
 

@@ -28,7 +28,7 @@ def compiled_stream(
 ) -> tuple[StreamSample, CompiledStream]:
     parsed = parse_sample(sample, sample["id"])
     media = {medium["id"]: MediaInfo(medium["duration_s"], 4.0, None) for medium in sample["media"]}
-    return parsed, compile_sample(parsed, media, tokenizer, config)
+    return parsed, compile_sample(parsed, media, tokenizer, config, np.random.default_rng(0))
 
 
 class ScriptedModel(torch.nn.Module):

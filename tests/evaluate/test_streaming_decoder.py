@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from scripted_model import ScriptedModel, compiled_stream, shipped_tokenizer, world_stream
 
 from moss_train.evaluate.config import DecodeConfig
 from moss_train.evaluate.decoder import StreamingDecoder, most_tokens
 from moss_train.evaluate.schedule import read_stream
 from moss_train.streams.config import CompilerConfig
-
-from scripted_model import ScriptedModel, compiled_stream, shipped_tokenizer, world_stream
 
 TOKENIZER = shipped_tokenizer()
 

@@ -173,6 +173,8 @@ SILENT = "?. | Red. | . | . | . | . | . | . | ."
         ("?. | Blue. | . | . | Blue. | . | . | . | .", False),  # keeps to its own wrong answer
         ("?. | Red. | . | . | Red. | Blue. | . | . | .", True),
         ("?. | . | . | . | Blue. | . | . | . | .", True),
+        ("?. | . | . | Blue… | green… | . | . | . | .", True),  # still talking when it happens
+        ("?. | . | . | Re… | d. | . | . | . | .", False),  # still giving the answer that holds
     ],
 )
 def test_false_revision(model, false):
