@@ -1,0 +1,194 @@
+"""`data render`: the built-in default data. Clips of the procedural world as real H.264 files with their samples.
+
+Writes staging folders `<out>/<split>/<source>/{key}.json` with `{key}.mp4`, `{key}.jpg` or `{key}.png` beside them, one
+source for each training stage, in a training and a held-out split. A sample is a function of (seed, key) alone,
+whatever the number of workers.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.progress import Progress
+
+from moss_train.data.scenes import NATIVE_FPS, Clip
+from moss_train.data.world import sample_clip
+from moss_train.errors import ConfigError, DataError
+
+#: what the training stages learn from: source → [(share, kind of sample)]
+SOURCES: dict[str, list[tuple[float, str]]] = {
+    "align": [(1.0, "still_caption")],
+    "temporal": [(1.0, "clip_caption")],
+    "sft": [(0.9, "conversation"), (0.1, "text")],
+    "realtime": [(1.0, "stream")],
+}
+#: held-out samples of a source other than `realtime`, as a share of the held-out streams
+HELDOUT_OFFLINE_SHARE = 0.2
+MARKER_NAME = "render.json"
+_KEYS_PER_TASK = 32
+
+
+@dataclass
+class RenderOptions:
+    """Options of `data render`."""
+
+    out: str
+    """Folder to make: `train/` and `heldout/`, each with a staging folder a source."""
+    align: int = 1000
+    """Captioned stills of the training split."""
+    temporal: int = 400
+    """Captioned clips of 12 to 16 s."""
+    sft: int = 600
+    """Conversations about clips of 12 s; a tenth of them about nothing seen."""
+    realtime: int = 3000
+    """Streams of 12 s."""
+    heldout: int = 320
+    """Held-out streams; every other source gets a fifth as many held-out samples."""
+    seed: int = 0
+    """Another seed gives other clips."""
+    workers: int = 2
+    """Processes that render and encode; has no influence on the result."""
+    overwrite: bool = False
+    """Replace `out` when an earlier `data render` made it."""
+
+    def validate(self) -> None:
+        for name in ("align", "temporal", "sft", "realtime", "heldout", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
+        if self.workers < 1:
+            raise ConfigError(f"workers={self.workers} must be at least 1")
+        if not any(self.counts().values()):
+            raise ConfigError("nothing to render: raise one of align, temporal, sft, realtime, heldout above 0")
+
+    def counts(self) -> dict[tuple[str, str], int]:
+        """(split, source) → samples, without the empty ones."""
+        counts = {("train", source): getattr(self, source) for source in SOURCES}
+        for source in SOURCES:
+            share = 1.0 if source == "realtime" else HELDOUT_OFFLINE_SHARE
+            counts["heldout", source] = round(self.heldout * share)
+        return {name: count for name, count in counts.items() if count}
+
+
+def render_command(options: RenderOptions) -> int:
+    """Render the built-in synthetic clips with their captions, conversations and streams."""
+    started = time.monotonic()
+    counts = render(options, progress=True)
+    for (split, source), count in counts.items():
+        print(f"{options.out}/{split}/{source}: {count} samples")
+    print(f"rendered {sum(counts.values())} samples in {time.monotonic() - started:.1f} s")
+    return 0
+
+
+def render(options: RenderOptions, progress: bool = False) -> dict[tuple[str, str], int]:
+    """Write the folders; returns (split, source) → samples written. `out` appears complete or not at all.
+
+    Raises DataError when `out` holds anything and may not be replaced.
+    """
+    options.validate()
+    out = Path(options.out)
+    _check_target(out, options.overwrite)
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    counts = options.counts()
+    try:
+        tasks = []
+        for (split, source), count in counts.items():
+            folder = partial / split / source
+            folder.mkdir(parents=True)
+            for first in range(0, count, _KEYS_PER_TASK):
+                numbers = range(first, min(first + _KEYS_PER_TASK, count))
+                tasks.append((folder, split, source, numbers, options.seed))
+        with Progress(disable=not progress) as bar:
+            shown = bar.add_task("rendering", total=sum(counts.values()))
+            if options.workers == 1:
+                for task in tasks:
+                    bar.advance(shown, _write_samples(*task))
+            else:
+                # spawned, not forked: the caller may hold threads
+                with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+                    running = [pool.submit(_write_samples, *task) for task in tasks]
+                    try:
+                        for done in as_completed(running):
+                            bar.advance(shown, done.result())
+                    except BaseException:
+                        pool.shutdown(wait=True, cancel_futures=True)
+                        raise
+        settings = {name: value for name, value in asdict(options).items() if name not in ("out", "workers", "overwrite")}
+        (partial / MARKER_NAME).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return counts
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise DataError(f"{out} is a file: choose another out=…")
+    if not any(out.iterdir()):
+        return
+    if not (out / MARKER_NAME).is_file():
+        raise DataError(f"{out} holds files that `data render` did not write: choose another out=…")
+    if not overwrite:
+        raise DataError(f"{out} is not empty: choose another out=… or give overwrite=true")
+
+
+def render_sample(seed: int, split: str, source: str, number: int) -> Clip:
+    """The sample with key `<source>-<split>-<number>` of a seed."""
+    key = f"{source}-{split}-{number:06d}"
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    rng = np.random.default_rng(np.frombuffer(digest, np.uint64))
+    shares, kinds = zip(*SOURCES[source], strict=True)
+    kind = str(rng.choice(kinds, p=shares))
+    return sample_clip(rng, split, kind, key)
+
+
+def _write_samples(folder: Path, split: str, source: str, numbers: range, seed: int) -> int:
+    for number in numbers:
+        clip = render_sample(seed, split, source, number)
+        for medium in clip.sample["media"]:
+            path = folder / f"{clip.key}.{medium['member']}"
+            if medium["kind"] == "video":
+                write_video(path, clip.frames(NATIVE_FPS), NATIVE_FPS)
+            else:
+                write_still(path, clip.frames(1.0)[0])
+        (folder / f"{clip.key}.json").write_text(json.dumps(clip.sample, ensure_ascii=False), encoding="utf-8")
+    return len(numbers)
+
+
+def write_video(path: Path, frames_FHWC: np.ndarray, fps: float) -> None:
+    """An mp4 file (H.264, 4:2:0, one key frame a second, index at the front, no sound) of uint8 RGB frames.
+
+    The same frames give the same bytes. Height and width must be even.
+    """
+    import av
+
+    height, width = frames_FHWC.shape[1:3]
+    # bitexact keeps the encoder's version and the time of day out of the file
+    with av.open(path, "w", format="mp4", options={"movflags": "faststart", "fflags": "+bitexact"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.gop_size = max(1, round(fps))
+        stream.options = {"crf": "18", "preset": "superfast"}
+        stream.codec_context.thread_count = 1
+        for frame_HWC in frames_FHWC:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_still(path: Path, image_HWC: np.ndarray) -> None:
+    """A picture of uint8 RGB in the format of the path's extension."""
+    options = {} if path.suffix == ".png" else {"quality": 92, "subsampling": "4:2:0"}
+    Image.fromarray(image_HWC).save(path, **options)
