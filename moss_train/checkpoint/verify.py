@@ -173,7 +173,9 @@ def verify(options: VerifyOptions) -> dict:
                 if judged and not value <= TOLERANCES[name]:
                     failures.append(f"{case}.{name} deviates by {value:.3g}, more than {TOLERANCES[name]:g}")
     except KeyError as error:
-        raise CheckpointError(f"the reference set lacks {error}; see tests/golden/README.md for what it holds") from None
+        raise CheckpointError(
+            f"the reference set lacks {error}; see tests/golden/README.md for what it holds"
+        ) from None
     return {"name": "convert verify", "ok": not failures, "figures": figures, "failures": failures}
 
 

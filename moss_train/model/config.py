@@ -58,8 +58,8 @@ class RopeScaling:
 class TextConfig:
     """The decoder: self layers with gated cross layers between them."""
 
-    vocabulary_size: int = 128256
-    """Rows of the head. Null in a recipe means: that of the tokenizer."""
+    vocabulary_size: int | None = 128256
+    """Rows of the head; null takes the tokenizer's, and must be filled in before a model is built."""
     extra_embedding_rows: int = 8
     """Embedding rows beyond the head, for input-only tokens such as the frame anchor."""
     hidden_size: int = 4096

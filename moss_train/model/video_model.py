@@ -33,9 +33,7 @@ def megatron_config(config: ModelConfig, dtype: torch.dtype = torch.float32) -> 
         layernorm_epsilon=text.norm_eps,
         init_method=lambda weight: nn.init.normal_(weight, std=config.init_std),
         # Residual branches start smaller with depth (GPT-2), so deep fresh models train from the first step.
-        output_layer_init_method=lambda weight: nn.init.normal_(
-            weight, std=config.init_std / (2 * text.layers) ** 0.5
-        ),
+        output_layer_init_method=lambda weight: nn.init.normal_(weight, std=config.init_std / (2 * text.layers) ** 0.5),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         use_cpu_initialization=not torch.cuda.is_available(),

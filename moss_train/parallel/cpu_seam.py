@@ -95,7 +95,7 @@ def _patch_tensor_type_names() -> None:
 
 
 def _patch_autocast_wrappers() -> None:
-    # megatron binds custom_fwd/bwd to device_type="cuda" at import; on CPU the autocast state it should follow is "cpu".
+    # megatron binds custom_fwd/bwd to device_type="cuda" at import; on CPU the autocast state to follow is "cpu".
     def for_cpu(original):
         @functools.wraps(original)
         def wrapped(fwd=None, *, device_type, **kwargs):

@@ -10,20 +10,20 @@ IMAGE = 28
 
 
 def tiny_config(**changes) -> ModelConfig:
-    settings = dict(
-        name="test",
-        vision=VisionConfig(
+    settings = {
+        "name": "test",
+        "vision": VisionConfig(
             hidden_size=32, local_layers=3, global_layers=1, attention_heads=2, mlp_size=48, patch_size=7,
             image_size=IMAGE, intermediate_layers=[0, 2],
         ),
-        text=TextConfig(
+        "text": TextConfig(
             vocabulary_size=96, hidden_size=48, layers=5, cross_layers=[1, 3], attention_heads=6, key_value_heads=2,
             mlp_size=64, rope_theta=10000.0, rope_scaling=None,
         ),
-        pool_stride=2,
-        initial_gate=0.7,
-        init_std=0.2,
-    )  # fmt: skip
+        "pool_stride": 2,
+        "initial_gate": 0.7,
+        "init_std": 0.2,
+    }  # fmt: skip
     return ModelConfig(**{**settings, **changes})
 
 

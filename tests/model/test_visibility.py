@@ -1,4 +1,4 @@
-"""What a token may see: backends agree, nothing leaks, packing and padding change nothing, streaming equals training."""
+"""What a token may see: backends agree, nothing leaks, packing and padding are inert, streaming equals training."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_segments_equal_dense(build, options, reference_compat):
 @pytest.mark.parametrize("options", [{}, {"window": 2}, {"window": 1, "sinks": 2}])
 @pytest.mark.parametrize("attention", ["segments", "dense"])
 def test_future_frames_change_nothing(build, options, attention):
-    """Perturb frame f of one stream: logits of every token with hi ≤ f, and of every other stream, are bit-identical."""
+    """Perturb frame f: logits of tokens with hi ≤ f, and of every other stream, are bit-identical."""
     model = build(attention=attention)
     rows = rows_of_streams(1, **options)
     batch = pack(rows, padding=3)
