@@ -1,11 +1,18 @@
 """Pictures at asked times: decord where it is right, PyAV where decord is known to be wrong, Pillow for stills.
 
-decord is the faster reader, but it returns wrong frames without a word when time stamps are missing (H.264 in AVI)
-and wrong times on edit lists, so its time stamps are checked before a picture of it is believed. Both readers scale
-bilinearly while they convert; at native size they are bit-identical, scaled they differ in single levels.
+decord is the faster reader, but it returns wrong frames without a word
+
+* when time stamps are missing (H.264 in AVI) or the file is cut by an edit list: its stamps show it;
+* when it skips to a keyframe that is not shown in the place in which it is stored (open GOPs, the default of x265;
+  MPEG-4 and intra-refresh H.264 with B-frames), since it counts frames from keyframes: the packets show it, the
+  stamps do not.
+
+Both are checked before a picture of it is believed. Both readers scale bilinearly while they convert; at native size
+they are bit-identical, scaled they differ in single levels.
 Pixel aspect ratios are ignored (by every reader measured), display rotation is applied.
 """
 
+import heapq
 import io
 import math
 from collections.abc import Sequence
@@ -15,7 +22,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps
 
-from moss_train.data.media_probe import MediaProbe, check_pixels, open_video, quarter_turns, sniff_container
+from moss_train.data.media_probe import (
+    MediaProbe,
+    check_pixels,
+    open_video,
+    probe_media,
+    quarter_turns,
+    sniff_container,
+)
 from moss_train.errors import ConfigError, SampleError
 
 if TYPE_CHECKING:
@@ -54,7 +68,7 @@ class DecodedFrames:
 
 
 class _Suspicious(Exception):
-    """decord opened the file, but its time stamps show that its pictures cannot be trusted."""
+    """decord opened the file, but what it says of it shows that its pictures cannot be trusted."""
 
 
 def decode_frames(
@@ -103,10 +117,11 @@ def decode_arrays(
         return _decode_still(data, len(times_s), size, key, limits)
     note = ""
     if decoder != "pyav":
-        note = _why_not_decord(container, facts, decoder)
+        facts = facts or probe_media(data, key, limits.max_pixels)
+        note = _why_not_decord(facts, decoder)
         if not note:
             try:
-                return _decode_decord(data, container, times_s, size, key, facts, limits)
+                return _decode_decord(data, times_s, size, key, facts, limits)
             except (SampleError, ConfigError):
                 raise
             except _Suspicious as doubt:
@@ -149,12 +164,14 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
-def _why_not_decord(container: str, facts: MediaProbe | None, decoder: str) -> str:
+def _why_not_decord(facts: MediaProbe, decoder: str) -> str:
     """Empty when decord may be tried."""
-    if container not in DECORD_CONTAINERS:
-        return f"decord: not used on {container}"
-    if facts is not None and not facts.pts_ok:
+    if facts.container not in DECORD_CONTAINERS:
+        return f"decord: not used on {facts.container}"
+    if not facts.pts_ok:
         return "decord: the packets lack proper time stamps"
+    if not facts.gops_closed:
+        return "decord: the file has open GOPs"
     try:
         import decord  # noqa: F401
     except ImportError as error:
@@ -199,27 +216,20 @@ def _on_white(picture: Image.Image) -> Image.Image:
 
 
 def _decode_decord(
-    data: bytes,
-    container: str,
-    times_s: Sequence[float],
-    size: int | None,
-    key: str,
-    facts: MediaProbe | None,
-    limits: DecodeLimits,
+    data: bytes, times_s: Sequence[float], size: int | None, key: str, facts: MediaProbe, limits: DecodeLimits
 ) -> DecodedArrays:
     import decord
 
     # Its FFmpeg reports every damaged macroblock on standard error; what matters reaches us as an exception.
     decord.logging.set_level(decord.logging.QUIET)
-    width, height = (facts.width, facts.height) if facts else _shown_size(data, container, key)
-    check_pixels(width, height, limits.max_pixels, key)
+    check_pixels(facts.width, facts.height, limits.max_pixels, key)
     target = {}
     if size is not None:
-        target["width"], target["height"] = fitted_size(width, height, size)
+        target["width"], target["height"] = fitted_size(facts.width, facts.height, size)
     reader = decord.VideoReader(io.BytesIO(data), num_threads=1, **target)
     try:
         stamps = np.asarray(reader.get_frame_timestamp(np.arange(len(reader)))[:, 0], np.float64)
-        _check_stamps(stamps)
+        _check_stamps(stamps, facts.frame_count)
         stamps = stamps - stamps[0]
         wanted, back = np.unique(frame_indices(stamps, times_s), return_inverse=True)
         pictures = reader.get_batch(wanted.tolist()).asnumpy()
@@ -229,25 +239,16 @@ def _decode_decord(
     return DecodedArrays(_tile(pictures, size)[back], "decord", stamps[wanted][back])
 
 
-def _check_stamps(stamps_s: np.ndarray) -> None:
+def _check_stamps(stamps_s: np.ndarray, frame_count: int) -> None:
     """Raise _Suspicious unless the time stamps are those of a file that decord reads rightly."""
-    if len(stamps_s) == 0:
-        raise _Suspicious("no frames")
+    if len(stamps_s) != frame_count or frame_count == 0:
+        raise _Suspicious(f"{len(stamps_s)} frames where the file holds {frame_count}")
     if not np.isfinite(stamps_s).all() or np.abs(stamps_s).max() >= 1e6:
         raise _Suspicious("time stamps are missing")
     if (np.diff(stamps_s) <= 0).any():
         raise _Suspicious("time stamps do not increase")
     if stamps_s[0] < -0.001:
         raise _Suspicious(f"time stamps start at {stamps_s[0]:.3f} s (an edit list)")
-
-
-def _shown_size(data: bytes, container: str, key: str) -> tuple[int, int]:
-    """(width, height) of the first picture after rotation."""
-    with open_video(data, container, key) as (opened, stream):
-        for frame in opened.decode(stream):
-            size = (frame.width, frame.height)
-            return size[::-1] if quarter_turns(frame.rotation) % 2 else size
-    raise SampleError(key, "video holds no picture")
 
 
 def _decode_pyav(
@@ -259,10 +260,10 @@ def _decode_pyav(
     shown = np.zeros(len(times_s))
     with open_video(data, container, key) as (opened, stream):
         check_pixels(stream.codec_context.width, stream.codec_context.height, limits.max_pixels, key)
-        clock = _Clock(stream)
+        clock = _Clock(stream, stored_times_only=container == "avi")
         held = None  # the picture on screen so far, and its time
         served = 0
-        for frame in opened.decode(stream):
+        for frame in clock.listen(opened.demux(stream)):
             check_pixels(frame.width, frame.height, limits.max_pixels, key)
             time = clock.time_of(frame)
             if held is not None:
@@ -282,16 +283,28 @@ def _decode_pyav(
 class _Clock:
     """Times of decoded pictures from the first one's; counts at the average rate where stamps are missing."""
 
-    def __init__(self, stream):
+    def __init__(self, stream, stored_times_only: bool):
+        """`stored_times_only`: the container (AVI) numbers packets as they are stored, not as they are shown."""
         self._time_base = stream.time_base
         rate = stream.average_rate or stream.guessed_rate
         self._interval = float(1 / rate) if rate else 1.0
         self._start: float | None = None
         self._last = 0.0
+        self._stored: list[int] | None = [] if stored_times_only else None
+
+    def listen(self, packets):
+        """The pictures of the packets, in the order in which they are shown."""
+        for packet in packets:
+            if self._stored is not None and packet.size and packet.pts is not None:
+                heapq.heappush(self._stored, packet.pts)
+            yield from packet.decode()
 
     def time_of(self, frame) -> float:
-        base = frame.time_base or self._time_base
-        stamp = float(frame.pts * base) if frame.pts is not None else None
+        pts = frame.pts
+        if self._stored is not None:
+            # Pictures come out in the order in which they are shown, so the earliest time not given yet is theirs.
+            pts = heapq.heappop(self._stored) if self._stored else None
+        stamp = float(pts * (frame.time_base or self._time_base)) if pts is not None else None
         if self._start is None:
             self._start = stamp if stamp is not None else 0.0
             return 0.0

@@ -25,7 +25,8 @@ class MediaProbe:
     frame_rate: float | None  #: average frames per second; None for stills
     frame_count: int  #: 1 for stills
     rotation: int  #: degrees the decoded picture must be turned counter-clockwise to stand upright: 0, 90, 180, 270
-    pts_ok: bool  #: every packet has a time stamp, none is doubled and none precedes the start
+    pts_ok: bool  #: every packet has a time stamp and none is doubled
+    gops_closed: bool  #: every keyframe is shown in the place in which it is stored, so frames can be counted from it
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -116,38 +117,51 @@ def _probe_still(data: bytes, key: str, max_pixels: int) -> MediaProbe:
         if picture.getexif().get(0x0112, 1) >= 5:
             width, height = height, width
         codec = (picture.format or "").lower()
-    return MediaProbe("image", codec, width, height, 0.0, None, 1, 0, True)
+    return MediaProbe("image", codec, width, height, 0.0, None, 1, 0, True, True)
 
 
 def _probe_video(data: bytes, container: str, key: str, max_pixels: int) -> MediaProbe:
     with open_video(data, container, key) as (opened, stream):
-        check_pixels(stream.codec_context.width, stream.codec_context.height, max_pixels, key)
-        times: list[int | None] = []
-        turns: int | None = None
         width, height = stream.codec_context.width, stream.codec_context.height
+        check_pixels(width, height, max_pixels, key)
+        packets: list[tuple[int | None, bool]] = []
+        turns: int | None = None
         for packet in opened.demux(stream):
             if packet.size and not packet.is_discard:
-                times.append(packet.pts)
+                packets.append((packet.pts, packet.is_keyframe))
             if turns is None:
                 for frame in packet.decode():
                     turns, width, height = quarter_turns(frame.rotation), frame.width, frame.height
                     break
         if turns is None:
             raise SampleError(key, "video holds no picture")
-        known = sorted(pts for pts in times if pts is not None)
-        pts_ok = len(known) == len(times) and all(b > a for a, b in zip(known, known[1:], strict=False))
+        stamps = sorted(pts for pts, _ in packets if pts is not None)
+        span = float((stamps[-1] - stamps[0]) * stream.time_base) if stamps else 0.0
         rate = next((float(r) for r in (stream.average_rate, stream.guessed_rate, stream.base_rate) if r), None)
-        span = float((known[-1] - known[0]) * stream.time_base) if known else 0.0
         if rate is None:
-            rate = (len(known) - 1) / span if span > 0 else 1.0
-        duration = 0.0
-        if stream.duration:
+            rate = (len(stamps) - 1) / span if span > 0 else 1.0
+        duration = span + 1 / rate
+        if stream.duration and stream.duration > 0:
             duration = float(stream.duration * stream.time_base)
-        elif opened.duration:
+        elif opened.duration and opened.duration > 0:
             duration = opened.duration / 1_000_000
-        if duration <= 0:
-            duration = span + 1 / rate
         if turns % 2:
             width, height = height, width
-        codec = stream.codec_context.name
-    return MediaProbe(container, codec, width, height, duration, rate, len(times), turns * 90, pts_ok)
+        return MediaProbe(
+            container=container,
+            codec=stream.codec_context.name,
+            width=width,
+            height=height,
+            duration_s=duration,
+            frame_rate=rate,
+            frame_count=len(packets),
+            rotation=turns * 90,
+            pts_ok=len(stamps) == len(packets) and all(b > a for a, b in zip(stamps, stamps[1:], strict=False)),
+            gops_closed=_gops_closed(packets, stamps),
+        )
+
+
+def _gops_closed(packets: list[tuple[int | None, bool]], stamps: list[int]) -> bool:
+    """Whether as many pictures are shown before each keyframe as are stored before it."""
+    shown_before = {stamp: place for place, stamp in enumerate(stamps)}
+    return all(shown_before.get(pts) == place for place, (pts, is_keyframe) in enumerate(packets) if is_keyframe)
