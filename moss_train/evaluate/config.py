@@ -40,4 +40,4 @@ class EvaluationConfig:
         for name, least in (("batch_streams", 1), ("window_frames", 0), ("limit", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ConfigError(f"evaluate.{name}={value}: must be at least {least}")
+                raise ConfigError(f"evaluate.settings.{name}={value}: must be at least {least}")

@@ -13,6 +13,9 @@ from moss_train.report.metrics_file import MetricsRow
 _KINDS = {"text": "text", "onset": "onset", "idle_silence": "idle", "stop_silence": "stop", "revision": "revise"}
 
 
+_MUCH_WAITING = 0.1  # share of a step spent waiting for data from which it is worth a look
+
+
 class ConsoleSink:
     """Prints rows: where the stage stands, its loss, its speed, and when it will be done."""
 
@@ -45,9 +48,9 @@ class ConsoleSink:
         for part in (_learning_rates(metrics), _gradient(metrics), _speed(metrics), self._eta(row)):
             if part:
                 line.append("  " + part)
-        wait = metrics.get("data_wait")
-        if wait is not None:
-            line.append(f"  data {wait:.0%}", "bold red" if wait > 0.1 else "dim")
+        if metrics.get("step_seconds"):
+            wait = metrics.get("data_wait_seconds", 0.0) / metrics["step_seconds"]
+            line.append(f"  data {wait:.0%}", "bold red" if wait > _MUCH_WAITING else "dim")
         self._print(line)
 
     def event(self, stage: str, step: int, name: str, fields: Mapping[str, Any]) -> None:
@@ -87,7 +90,7 @@ def count(number: float) -> str:
 
 
 def _learning_rates(metrics: Mapping[str, float]) -> str:
-    rates = [value for name, value in metrics.items() if name == "learning_rate" or name.startswith("learning_rate/")]
+    rates = [value for name, value in metrics.items() if name.startswith("lr/")]
     if not rates:
         return ""
     low, high = min(rates), max(rates)
@@ -99,9 +102,6 @@ def _gradient(metrics: Mapping[str, float]) -> str:
 
 
 def _speed(metrics: Mapping[str, float]) -> str:
-    parts = [
-        f"{count(metrics[name])} {unit}"
-        for name, unit in (("tokens_per_s", "tok/s"), ("frames_per_s", "fr/s"))
-        if name in metrics
-    ]
-    return "  ".join(parts)
+    units = {"tokens": "tok/s", "labels": "lab/s", "frames": "fr/s", "streams": "str/s"}
+    rates = {unit: metrics.get(f"{name}_per_second") for name, unit in units.items()}
+    return "  ".join(f"{count(rate)} {unit}" for unit, rate in rates.items() if rate is not None)

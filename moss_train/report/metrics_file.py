@@ -1,8 +1,9 @@
 """`metrics.jsonl`: one JSON object a line, appended while a run goes on, also over interruptions and resumes.
 
 Rows: `{"stage": …, "step": …, "total": …, "time": …, "metrics": {name: value}}`; events: the same with
-`"event": name` instead of `metrics`. A run that resumes at step s writes a `resume` event; rows of that stage with a
-later step that stand before it belong to work that was lost, and the reader drops them.
+`"event": name` instead of `metrics`. A stage that begins writes a `start` event of step 0, one that resumes after step s a
+`resume` event; rows of that stage with a later step that stand before it belong to work that was lost, and the reader
+drops them.
 """
 
 import json
@@ -15,6 +16,7 @@ from typing import Any
 from moss_train.errors import DataError
 
 FILE_NAME = "metrics.jsonl"
+_BEGINNINGS = ("start", "resume")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def read_metrics(path: Path) -> list[MetricsRow]:
             record = json.loads(line)
             stage, step = record["stage"], record["step"]
             rows = stages.setdefault(stage, {})
-            if record.get("event") == "resume":
+            if record.get("event") in _BEGINNINGS:
                 stages[stage] = {known: row for known, row in rows.items() if known <= step}
             elif "metrics" in record:
                 metrics = {name: math.nan if value is None else value for name, value in record["metrics"].items()}
@@ -80,4 +82,4 @@ def read_metrics(path: Path) -> list[MetricsRow]:
 def _cut_short(lines: list[str], number: int) -> bool:
     """Whether line `number` may be the torso that a crash left: the last one, or one before a resume."""
     following = [line for line in lines[number:] if line.strip()]
-    return not following or '"resume"' in following[0]
+    return not following or any(f'"event": "{name}"' in following[0] for name in _BEGINNINGS)
