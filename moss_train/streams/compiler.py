@@ -12,7 +12,13 @@ from moss_train.errors import SampleError
 from moss_train.streams.compiled import IGNORED_LABEL, CompiledStream, FrameRequest, Kind, Slot
 from moss_train.streams.config import CompilerConfig
 from moss_train.streams.jitter import draw_decisions, swap_anchors
-from moss_train.streams.media import PLACEHOLDERS, MediaInfo, offline_frame_times, stream_frame_times
+from moss_train.streams.media import (
+    PLACEHOLDERS,
+    MediaInfo,
+    offline_frame_times,
+    stream_frame_count,
+    stream_frame_times,
+)
 from moss_train.streams.schema import CaptionSample, ConversationSample, Media, Sample, StreamSample
 from moss_train.streams.template import TurnTemplate
 from moss_train.streams.timeline import Piece, TimelineSlot, build_timeline
@@ -150,13 +156,14 @@ def _compile_stream(
 def _arrivals(sample: StreamSample, info: MediaInfo, config: CompilerConfig) -> list[float]:
     sampling = sample.sampling
     fps = sampling.fps or config.fps
-    arrivals = stream_frame_times(fps, sampling.start_s, sampling.end_s)
-    if len(arrivals) > config.max_frames:
+    count = stream_frame_count(fps, sampling.start_s, sampling.end_s)
+    if count > config.max_frames:
         raise SampleError(
             sample.key,
-            f"sampling: {len(arrivals)} frames at {fps} fps exceed compiler.max_frames={config.max_frames}; "
+            f"sampling: {count} frames at {fps} fps exceed compiler.max_frames={config.max_frames}; "
             "split the stream, lower its fps, or raise the limit",
         )
+    arrivals = stream_frame_times(fps, sampling.start_s, sampling.end_s)
     if arrivals[-1] > info.duration_s:
         raise SampleError(
             sample.key,
@@ -237,7 +244,7 @@ def _frames_of(
         return [FrameRequest(medium.id, 0.0)]
     sampling = sample.sampling
     fps = (sampling and sampling.fps) or config.fps
-    max_frames = (sampling and sampling.max_frames) or config.max_frames
+    max_frames = min((sampling and sampling.max_frames) or config.max_frames, config.max_frames)
     min_frames = min((sampling and sampling.min_frames) or config.min_frames, max_frames)
     start_s, end_s = (sampling.start_s, sampling.end_s) if sampling else (0.0, None)
     times = offline_frame_times(info, fps, min_frames, max_frames, start_s, end_s)

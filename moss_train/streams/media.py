@@ -74,7 +74,11 @@ def offline_frame_times(
     return [(first + index) / rate for index in indices]
 
 
+def stream_frame_count(fps: float, start_s: float, end_s: float) -> int:
+    """How many frames a stream has; at least one."""
+    return max(1, math.ceil((end_s - start_s - SAME_MOMENT_S) * fps))
+
+
 def stream_frame_times(fps: float, start_s: float, end_s: float) -> list[float]:
     """Arrival times of a stream's frames: start_s + k / fps while < end_s."""
-    count = max(0, math.ceil((end_s - start_s) * fps - SAME_MOMENT_S * fps))
-    return [start_s + index / fps for index in range(count)]
+    return [start_s + index / fps for index in range(stream_frame_count(fps, start_s, end_s))]

@@ -12,9 +12,10 @@ from moss_train.errors import SampleError
 from moss_train.streams import rules
 from moss_train.streams.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
-Seconds = Annotated[float, Field(allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# the limits keep every product of a time and a rate finite
+Seconds = Annotated[float, Field(ge=-1e8, le=1e8, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, le=1e8, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 
@@ -39,7 +40,10 @@ class Media(Strict):
 
 
 class OfflineSampling(Strict):
-    """Which frames of the videos are shown; what is absent comes from the compiler's configuration."""
+    """Which frames of each video are shown; what is absent comes from the compiler's configuration.
+
+    `max_frames` can lower the configuration's limit, not raise it.
+    """
 
     fps: Rate | None = None
     min_frames: Annotated[int, Field(ge=1)] | None = None

@@ -90,4 +90,3 @@ def reference_row(row: dict, tokenizer, jitter: list[bool] | None = None) -> Ora
         positions=list(range(len(ids))),
         frame_positions=[i for i, token in enumerate(ids) if token == image],
     )
-

@@ -53,7 +53,7 @@ def test_structure_of_the_real_rows():
     assert [[request.time_s for request in row.frames] for row in compiled] == [
         [float(second) for second in range(count)] for count in (155, 98, 30)
     ]
-    counted = {state: 0 for state in ("silence", "bare", "ended")}
+    counted = {"silence": 0, "bare": 0, "ended": 0}
     for row in compiled:
         for slot in row.slots:
             counted["silence" if slot.state == "silence" else "ended" if slot.ends else "bare"] += 1
@@ -116,7 +116,9 @@ def realtime_rows(draw) -> dict:
                 form = "ended"
             if form == "bare" and index < count:
                 open_reply = True
-            slots.append("<|silence|>" if form == "silence" else draw(TEXT) + ("<|silence|>" if form == "ended" else ""))
+            slots.append(
+                "<|silence|>" if form == "silence" else draw(TEXT) + ("<|silence|>" if form == "ended" else "")
+            )
             open_reply = form == "bare"
         frames += count
         question = draw(st.sampled_from(["", "Where?"])) if turn == 0 else draw(st.sampled_from(["Stop.", " Now?", ""]))

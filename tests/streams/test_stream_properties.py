@@ -1,0 +1,169 @@
+"""Properties of every compiled stream, on random timelines at random rates."""
+
+from itertools import pairwise
+
+import numpy as np
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from stream_cases import compiled, tokenizer
+
+from moss_train.errors import SampleError
+from moss_train.streams.compiled import IGNORED_LABEL, Kind
+from moss_train.streams.config import CompilerConfig
+from moss_train.streams.schema import parse_sample
+
+TEXTS = st.sampled_from(
+    [
+        "It is red.",
+        "Now blue.",
+        "né🙂e",
+        " two\n\nblocks ",
+        "<|silence|>",
+        "a",
+        "The red block is in the top left corner now.",
+    ]
+)
+CONFIGS = st.builds(
+    CompilerConfig,
+    tokens_per_second=st.sampled_from([0.5, 2.0, 3.5, 38.0]),
+    jitter_probability=st.sampled_from([0.0, 0.5, 1.0]),
+    window=st.sampled_from([None, 1, 3]),
+)
+
+
+@st.composite
+def streams(draw) -> dict:
+    end_s = draw(st.sampled_from([1.0, 4.0, 9.5]))
+    times = sorted(draw(st.lists(st.integers(0, int(end_s * 4) - 1), max_size=6)))
+    events, replies = [], []
+    for index, quarter in enumerate(times):
+        t, name = quarter / 4, f"e{index}"
+        form = draw(st.sampled_from(["ask", "interrupt", "speak", "speak", "chunks", "words", "revise", "silence"]))
+        if form in ("ask", "interrupt"):
+            events.append({"id": name, "t": t, "role": "user", "kind": form, "text": draw(TEXTS)})
+            continue
+        if form == "silence":
+            events.append({"id": name, "t": t, "t_end": t + 0.25, "role": "assistant", "kind": "silence"})
+            continue
+        kind = "revise" if form == "revise" and replies else "speak"
+        event = {"id": name, "t": t, "role": "assistant", "kind": kind, "text": draw(TEXTS)}
+        event |= {"supersedes": draw(st.sampled_from(replies))} if kind == "revise" else {}
+        event |= draw(
+            st.sampled_from([{}, {}, {"stale": True}, {"train": False}, {"evidence": [0.0, t]}, {"evidence": []}])
+        )
+        if form in ("chunks", "words"):
+            later = sorted(draw(st.lists(st.sampled_from([0.0, 0.25, 1.0, 2.5]), min_size=1, max_size=3)))
+            moments = [t, *(t + gap for gap in later if t + gap < end_s)]
+            parts = ["re", *(draw(st.sampled_from(["d block", " is", "🙂"])) for _ in moments[1:])]
+            event["text"] = "".join(parts)
+            exact = zip(moments, parts, strict=True)
+            event[form] = [[m, p] for m, p in exact] if form == "chunks" else [[m, m, p] for m, p in exact]
+        events.append(event)
+        replies.append(name)
+    explicit = any(event.get("kind") == "silence" for event in events)
+    return {
+        "schema": "moss_train/stream@1",
+        "id": "random",
+        "media": [{"id": "v0", "kind": "video", "member": "mp4"}],
+        "sampling": {"fps": draw(st.sampled_from([0.7, 1.0, 2.0])), "end_s": end_s},
+        "silence": "explicit" if explicit else "implicit",
+        "events": events,
+    }
+
+
+def compiled_or_refused(data: dict, config: CompilerConfig, seed: int = 0):
+    """The row, or nothing when the timeline has two replies at once or one after the last frame."""
+    try:
+        return compiled(data, config, np.random.default_rng(seed))
+    except SampleError as error:
+        assert "events[" in error.reason
+        assume(False)
+
+
+@settings(max_examples=200, deadline=None)
+@given(streams(), CONFIGS, st.integers(0, 3))
+def test_visibility_labels_and_slots(data, config, seed):
+    row, special = compiled_or_refused(data, config, seed), tokenizer().special
+    is_anchor = row.ids == special.anchor
+    length = len(row.ids)
+    assert {
+        len(array) for array in (row.labels, row.kinds, row.weights, row.visible_lo, row.visible_hi, row.positions)
+    } == {length}
+    # visibility: monotone, counts the anchors so far, bounded by the window
+    assert (np.diff(row.visible_hi) >= 0).all() and (np.diff(row.visible_lo) >= 0).all()
+    assert row.visible_hi.tolist() == [int(is_anchor[: t + 1].sum()) for t in range(length)]
+    assert (row.visible_lo <= row.visible_hi).all()
+    if config.window:
+        assert (row.visible_hi - row.visible_lo).max() <= config.window
+    else:
+        assert not row.visible_lo.any()
+    assert row.frame_positions.tolist() == np.flatnonzero(is_anchor).tolist()
+    assert len(row.frames) == is_anchor.sum() and row.positions.tolist() == list(range(length))
+    # labels: the next token or nothing, never an anchor, a turn end or a header
+    assert row.labels[-1] == IGNORED_LABEL
+    trained = np.flatnonzero(row.labels != IGNORED_LABEL)
+    assert (row.labels[trained] == row.ids[trained + 1]).all()
+    assert not np.isin(row.labels, [special.anchor, special.end_of_turn, special.start_header]).any()
+    assert ((row.kinds == Kind.IGNORED) == (row.labels == IGNORED_LABEL)).all()
+    assert ((row.weights > 0) == (row.labels != IGNORED_LABEL)).all()
+    silent = np.isin(row.kinds, [Kind.IDLE_SILENCE, Kind.STOP_SILENCE])
+    assert (row.labels[silent] == special.silence).all()
+    assert not (row.labels[np.isin(row.kinds, [Kind.TEXT, Kind.ONSET, Kind.REVISION])] == special.silence).any()
+    # slots: one for each anchor in order, one for each header; what they decide stands right after them
+    assert [slot.frame for slot in row.slots if slot.frame >= 0] == list(range(len(row.frames)))
+    assert all(
+        first.position < second.position and first.time_s <= second.time_s for first, second in pairwise(row.slots)
+    )
+    for slot in row.slots:
+        assert row.visible_hi[slot.position] == sum(
+            earlier.frame >= 0 for earlier in row.slots[: row.slots.index(slot) + 1]
+        )
+        if slot.state == "silence":
+            assert row.labels[slot.position] == special.silence and not slot.text
+
+
+@settings(max_examples=150, deadline=None)
+@given(streams(), CONFIGS)
+def test_what_is_said_is_the_reply_or_its_beginning(data, config):
+    config.jitter_probability = 0.0
+    row, sample = compiled_or_refused(data, config), parse_sample(data, "key")
+    users = [event.t for event in sample.events if event.role == "user"]
+    for event in sample.events:
+        if event.role == "user" or event.kind == "silence":
+            continue
+        slots = [slot for slot in row.slots if slot.event_id == event.id]
+        said = "".join(slot.text for slot in slots)
+        if not any("\ufffd" in slot.text for slot in slots):  # a frame may fall inside a character
+            assert event.text.startswith(said) and said
+        ids = [int(t) for slot in slots for t in row.ids[slot.position + 1 :][: len_of(row, slot)]]
+        if slots[-1].ends:
+            assert tokenizer().decode(ids) == event.text  # a finished reply was said in full
+        else:
+            assert any(t >= event.t for t in users)  # only a user event cuts a reply
+        assert slots[0].time_s >= event.t - 1e-6 and slots[0].state == "speak"  # never before its time
+        if event.train and not event.stale:
+            labels = [int(row.labels[slot.position + step]) for slot in slots for step in range(len_of(row, slot))]
+            assert labels == ids  # every token of it is trained, and nothing else
+
+
+def len_of(row, slot) -> int:
+    """Tokens said in a slot, without its silence."""
+    special = tokenizer().special
+    length = 0
+    while row.ids[slot.position + 1 + length] not in (special.anchor, special.silence, special.end_of_turn):
+        length += 1
+    return length
+
+
+@settings(max_examples=100, deadline=None)
+@given(streams(), CONFIGS, st.integers(0, 3))
+def test_jitter_moves_frames_only_earlier_and_by_one_token(data, config, seed):
+    moved = compiled_or_refused(data, config, seed)
+    config.jitter_probability = 0.0
+    still = compiled(data, config)
+    shift = still.frame_positions - moved.frame_positions
+    assert set(shift.tolist()) <= {0, 1}
+    anchor = tokenizer().special.anchor
+    assert moved.ids[moved.ids != anchor].tolist() == still.ids[still.ids != anchor].tolist()
+    assert sorted(moved.kinds.tolist()) == sorted(still.kinds.tolist())
+    assert (moved.visible_hi >= still.visible_hi).all()
