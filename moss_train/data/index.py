@@ -107,7 +107,7 @@ def build_index(folder: Path, progress: bool = False) -> SourceIndex:
             if key in seen:
                 raise DataError(f"{path}: key {key!r} is in {seen[key]} too (or its parts do not lie side by side)")
             seen[key] = path.name
-            samples.append(_describe_sample(path, number, key, members))
+            samples.append(describe_sample(path, number, key, members))
         shards.append(ShardFacts(path.name, before.st_size, before.st_mtime_ns, file_sha256(path)))
     return SourceIndex(folder, tuple(shards), tuple(samples), _fingerprint(shards, samples))
 
@@ -157,7 +157,8 @@ def _split_name(path: Path, entry: tarfile.TarInfo) -> tuple[str, str]:
     return f"{folder}/{stem}" if folder else stem, member.lower()
 
 
-def _describe_sample(path: Path, number: int, key: str, members: dict[str, tuple[int, int]]) -> IndexedSample:
+def describe_sample(path: Path, number: int, key: str, members: dict[str, tuple[int, int]]) -> IndexedSample:
+    """The index entry of a sample; looks into its JSON for the kind and into its media for their facts."""
     kind = INVALID_KIND
     if "json" in members:
         kind = _kind_of(read_range(path, *members["json"]))
