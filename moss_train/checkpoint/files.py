@@ -1,0 +1,118 @@
+"""Files that survive a crash, and a manifest that notices any byte that did not.
+
+A directory is complete when its `manifest.json` exists, lists every file with size and SHA-256, and all of them
+agree. The manifest checks itself: it has one canonical form, which contains the digest of its own content.
+"""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from moss_train.errors import CheckpointError
+
+FORMAT = "moss_train/checkpoint@1"
+MANIFEST = "manifest.json"
+
+#: Names of files inside a checkpoint: no separators, so nothing listed can lie outside the directory.
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write and fsync one file. The directory entry is durable only after `sync_directory`."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_durably(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees either the old content or the new, never a part."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    write_durably(temporary, content)
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file written by somebody else durable."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Make creations, renames and removals in a directory durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def json_bytes(content: Any, what: str) -> bytes:
+    """UTF-8 JSON; CheckpointError naming `what` for anything JSON cannot hold (NaN, tensors, sets …)."""
+    try:
+        return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{what} cannot be written as JSON: {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON of a file; CheckpointError names the file."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def write_manifest(directory: Path, step: int) -> None:
+    """List every file now in `directory`. Write it last: its presence says that the rest is whole."""
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(directory.iterdir())}
+    write_durably(directory / MANIFEST, _manifest_bytes(step, files))
+
+
+def verified_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest {"step": int, "files": {name: …}}, after comparing every file with it.
+
+    CheckpointError names the first file that is missing, cut, changed, or not a plain file of this directory.
+    """
+    manifest = directory / MANIFEST
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such checkpoint")
+    if not manifest.is_file():
+        raise CheckpointError(f"{directory}: {MANIFEST} is missing, so the checkpoint was never finished or is damaged")
+    content = read_json(manifest)
+    try:
+        step, listed = content["step"], content["files"]
+        if content["format"] != FORMAT or manifest.read_bytes() != _manifest_bytes(step, listed):
+            raise ValueError("it is not what was written")
+        for name, entry in listed.items():
+            _check_file(directory, name, entry["bytes"], entry["sha256"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{manifest}: damaged, or not of the format {FORMAT}: {error!r}") from error
+    return content
+
+
+def _check_file(directory: Path, name: str, size: int, sha256: str) -> None:
+    path = directory / name
+    if not _SAFE_NAME.fullmatch(name):
+        raise CheckpointError(f"{directory}/{MANIFEST}: {name!r} is not the name of a file in this directory")
+    if path.is_symlink() or not path.is_file():
+        raise CheckpointError(f"{path}: missing, or not a plain file")
+    if path.stat().st_size != size:
+        raise CheckpointError(f"{path}: {path.stat().st_size} bytes, the manifest says {size}")
+    if _sha256(path) != sha256:
+        raise CheckpointError(f"{path}: the content has changed since it was written (SHA-256 differs)")
+
+
+def _manifest_bytes(step: int, files: dict[str, Any]) -> bytes:
+    body = {"format": FORMAT, "step": step, "files": files}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return (json.dumps(body | {"digest": digest}, sort_keys=True, indent=1) + "\n").encode()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
