@@ -122,7 +122,9 @@ def render(options: RenderOptions, progress: bool = False) -> dict[tuple[str, st
                     except BaseException:
                         pool.shutdown(wait=True, cancel_futures=True)
                         raise
-        settings = {name: value for name, value in asdict(options).items() if name not in ("out", "workers", "overwrite")}
+        settings = {
+            name: value for name, value in asdict(options).items() if name not in ("out", "workers", "overwrite")
+        }
         (partial / MARKER_NAME).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         if out.exists():
             shutil.rmtree(out)

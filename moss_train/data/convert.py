@@ -1,0 +1,229 @@
+"""`data convert`: annotation files and a folder of media become a staging folder that `data pack` reads.
+
+Media are found by base name below `media_root`, since annotations carry the paths of another machine. A row that cannot
+be converted is written to `quarantine.jsonl` with its key and the reason; the others go on.
+"""
+
+import filecmp
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from moss_train.errors import ConfigError, DataError, SampleError
+from moss_train.streams.importers.common import Imported
+from moss_train.streams.importers.conversations import import_conversation
+from moss_train.streams.importers.moss import import_moss_row
+from moss_train.streams.schema import dump_sample, parse_sample
+
+QUARANTINE_NAME = "quarantine.jsonl"
+MARKER_NAME = "convert.jsonl"
+_MEDIA_SUFFIXES = frozenset({".mp4", ".avi", ".webm", ".mkv", ".mov", ".jpg", ".jpeg", ".png", ".webp"})
+
+
+@dataclass
+class ConvertOptions:
+    """Options of `data convert`."""
+
+    annotations: str
+    """A file, or a folder whose `*.json` and `*.jsonl` files are read in the order of their names."""
+    media_root: str
+    """Folder below which the media lie; found by base name."""
+    out: str
+    """Staging folder to make."""
+    source: str = "moss"
+    """Form of the annotations: `moss` (the reference's sharegpt rows), `conversations` (LLaVA and message lists) or
+    `examples` (one sample of our own schema a file, its media named in `source_metadata.files`)."""
+    copy: bool = True
+    """Copy the media; False makes hard links where the file system allows it."""
+    overwrite: bool = False
+    """Replace `out` when an earlier `data convert` made it."""
+
+    def validate(self) -> None:
+        if self.source not in READERS:
+            raise ConfigError(f"source={self.source!r} is unknown; use one of {', '.join(READERS)}")
+
+
+@dataclass(frozen=True)
+class ConvertSummary:
+    """What became of the rows."""
+
+    written: Counter  #: kind of sample → count
+    quarantined: tuple[SampleError, ...]
+
+
+def convert_command(options: ConvertOptions) -> int:
+    """Convert annotations and their media to a staging folder."""
+    summary = convert(options)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.written.items()))
+    print(f"{options.out}: {sum(summary.written.values())} samples written ({kinds})")
+    for error in summary.quarantined[:10]:
+        print(f"left out {error.key}: {error.reason}")
+    if len(summary.quarantined) > 10:
+        print(f"… and {len(summary.quarantined) - 10} more")
+    if summary.quarantined:
+        print(f"{len(summary.quarantined)} rows left out, listed in {options.out}/{QUARANTINE_NAME}")
+    return 0
+
+
+def convert(options: ConvertOptions) -> ConvertSummary:
+    """Write the staging folder. `out` appears complete or not at all.
+
+    Raises DataError when there is nothing to read, nothing could be written, or `out` may not be replaced.
+    """
+    options.validate()
+    out = Path(options.out)
+    _check_target(out, options.overwrite)
+    files = _annotation_files(Path(options.annotations))
+    media = _media_by_name(Path(options.media_root))
+    written: Counter = Counter()
+    quarantined: list[SampleError] = []
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        keys: set[str] = set()
+        for key, row in READERS[options.source](files):
+            try:
+                if isinstance(row, SampleError):
+                    raise row
+                if key in keys:
+                    raise SampleError(key, "the key is used twice; rename one of the annotation files")
+                keys.add(key)
+                sample, members = row()
+                found = {member: _resolve(key, path, media) for member, path in members.items()}
+                for member, path in found.items():
+                    _place(path, partial / f"{key}.{member}", options.copy)
+                (partial / f"{key}.json").write_text(dump_sample(sample) + "\n", encoding="utf-8")
+                written[sample.schema_name.partition("/")[2].partition("@")[0]] += 1
+            except SampleError as error:
+                quarantined.append(error)
+        if not written:
+            first = f"; the first: {quarantined[0]}" if quarantined else ""
+            raise DataError(f"{options.annotations} gave no sample ({len(quarantined)} rows left out{first})")
+        _write_lines(partial / MARKER_NAME, [{"annotations": path.name, "source": options.source} for path in files])
+        if quarantined:
+            entries = [{"key": e.key, "reason": e.reason, "exception": type(e).__name__} for e in quarantined]
+            _write_lines(partial / QUARANTINE_NAME, entries)
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return ConvertSummary(written, tuple(quarantined))
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise DataError(f"{out} is a file: choose another out=…")
+    if not any(out.iterdir()):
+        return
+    if not (out / MARKER_NAME).is_file():
+        raise DataError(f"{out} holds files that `data convert` did not write: choose another out=…")
+    if not overwrite:
+        raise DataError(f"{out} is not empty: choose another out=… or give overwrite=true")
+
+
+def _annotation_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise DataError(f"annotations={path} does not exist")
+    files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl"))
+    if not files:
+        raise DataError(f"annotations={path} holds no .json or .jsonl file")
+    return files
+
+
+def _media_by_name(root: Path) -> dict[str, list[Path]]:
+    """Base name → the media files of that name below `root`."""
+    if not root.is_dir():
+        raise DataError(f"media_root={root} is not a folder")
+    found: dict[str, list[Path]] = {}
+    for path in sorted(root.rglob("*")):
+        if path.suffix.lower() in _MEDIA_SUFFIXES and path.is_file():
+            found.setdefault(path.name, []).append(path)
+    return found
+
+
+def _resolve(key: str, listed: str, media: dict[str, list[Path]]) -> Path:
+    """The one file with the base name of `listed`; equal copies count as one."""
+    name = PureWindowsPath(listed).name if "\\" in listed else PurePosixPath(listed).name
+    paths = media.get(name, [])
+    if not paths:
+        raise SampleError(key, f"medium {name!r} is not below media_root")
+    for other in paths[1:]:
+        if not filecmp.cmp(paths[0], other, shallow=False):
+            raise SampleError(key, f"medium {name!r} stands for different files: {paths[0]} and {other}")
+    return paths[0]
+
+
+def _place(path: Path, target: Path, copy: bool) -> None:
+    if not copy:
+        try:
+            os.link(path, target)
+            return
+        except OSError:
+            pass  # another file system, or links are not allowed: copy
+    shutil.copyfile(path, target)
+
+
+#: a key with either the reading of its row, which may raise SampleError, or why there is no row
+Row = tuple[str, Callable[[], Imported] | SampleError]
+
+
+def _rows(files: list[Path], read: Callable[[dict, str], Imported]) -> Iterator[Row]:
+    """The rows of JSON lists and JSON lines, with keys `<file>-000000` onwards."""
+    for file in files:
+        stem = file.stem.replace(".", "_")
+        try:
+            rows = _load_rows(file)
+        except (ValueError, RecursionError) as error:
+            yield stem, SampleError(stem, f"{file.name} is not JSON: {error}")
+            continue
+        for index, row in enumerate(rows):
+            key = f"{stem}-{index:06d}"
+            yield key, (lambda row=row, key=key: read(row, key))
+
+
+def _load_rows(file: Path) -> list[Any]:
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    loaded = json.loads(text)
+    return loaded if isinstance(loaded, list) else [loaded]
+
+
+def _example(file: Path) -> Imported:
+    """One sample of our own schema; `source_metadata.files` says which file each tar member is."""
+    key = file.stem.replace(".", "_")
+    sample = parse_sample(file.read_bytes(), key)
+    files = (sample.source_metadata or {}).get("files", {})
+    missing = [medium.member for medium in sample.media if not isinstance(files.get(medium.member), str)]
+    if missing:
+        raise SampleError(key, f"source_metadata.files: names no file for member {missing[0]!r}; add its base name")
+    return sample, {medium.member: files[medium.member] for medium in sample.media}
+
+
+def _examples(files: list[Path]) -> Iterator[Row]:
+    for file in files:
+        yield file.stem.replace(".", "_"), (lambda file=file: _example(file))
+
+
+def _write_lines(path: Path, entries: list[dict]) -> None:
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    path.write_text(lines, encoding="utf-8")
+
+
+READERS: dict[str, Callable[[list[Path]], Iterator[Row]]] = {
+    "moss": lambda files: _rows(files, import_moss_row),
+    "conversations": lambda files: _rows(files, import_conversation),
+    "examples": _examples,
+}
