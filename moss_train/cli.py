@@ -35,8 +35,8 @@ RAW_VERBS = ("train",)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the process's exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # On import megatron warns about every fused library it does not find; `moss-train doctor` says the same once.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    # Megatron warns about every fused library it does not find; `moss-train doctor` says the same once.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
     try:
         return _run(arguments)
     except MossTrainError as error:

@@ -11,7 +11,7 @@ from typing import Any, get_origin
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -44,9 +44,7 @@ def compose_run(arguments: Sequence[str]) -> RunConfig:
         if key not in GROUPS:
             check_path(RunConfig, key)
         elif text not in available(key, folders):
-            raise ConfigError(
-                unknown_name(text, text, available(key, folders)).replace("unknown key", f"unknown {key}")
-            )
+            raise ConfigError(unknown_name(text, text, available(key, folders), what=key))
     if "recipe" not in dict(overrides):
         raise ConfigError(f"choose a recipe: recipe={' or recipe='.join(available('recipe', folders))}")
     config = _compose([item for item in overrides if not _wild(item[0])], folders)
@@ -128,6 +126,8 @@ def _explain(error: Exception) -> str:
         return f"this recipe has no stage {found[1]!r}"
     cause = error.__cause__
     lines = [first_line(error).removeprefix("Error merging override ")]
+    if isinstance(error, OverrideParseException):
+        lines.insert(0, error.override)
     if isinstance(cause, OmegaConfBaseException):
         lines.append(first_line(cause))
     return ": ".join(lines)

@@ -26,7 +26,7 @@ class StageConfig:
     """Weights to start from: `scratch` (random), `previous` (the stage before), or the path of a checkpoint, of a
     stage's or a run's folder (its newest checkpoint), or of a folder of Hugging Face safetensors."""
     trainable: Any = "all"
-    """What is trained: a preset (`all`, `projector_only`, …) or a list of parameter groups; `model/groups.py` names both."""
+    """What is trained: a preset (`all`, `projector_only`, …) or a list of parameter groups; see `model/groups.py`."""
     data: DataConfig = field(default_factory=DataConfig)
     """The blend and how it is batched."""
     compiler: CompilerConfig = field(default_factory=CompilerConfig)
@@ -78,6 +78,8 @@ class RunEvaluation:
     """Packed folder of held-out streams; null evaluates nothing."""
     judge: str = "text"
     """Who decides whether an answer is right: `text` (equal words) or `world` (the synthetic world's meaning)."""
+    during_training: int | None = 64
+    """Most streams of an evaluation between steps (`eval_every`); null for as many as after training."""
     settings: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Batch, tolerance and limit."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
@@ -123,6 +125,8 @@ class RunConfig:
             raise ConfigError(f"resume={self.resume!r}: legal values are {', '.join(RESUME)}")
         if self.evaluate.judge not in ("text", "world"):
             raise ConfigError(f"evaluate.judge={self.evaluate.judge!r}: legal values are text, world")
+        if self.evaluate.during_training is not None and self.evaluate.during_training < 1:
+            raise ConfigError(f"evaluate.during_training={self.evaluate.during_training}: must be at least 1, or null")
         for part in (self.model, self.tokenizer, self.engine, self.tracking, self.evaluate.settings):
             _validate(part)
         _validate(self.evaluate.decode, "evaluate.")

@@ -1,0 +1,37 @@
+"""`moss-train train`. Light to import: help must not wait for torch."""
+
+from collections.abc import Sequence
+
+HELP = """\
+Train a recipe: moss-train train recipe=<name> [key=value …]
+
+  recipe=NAME            align, temporal, sft, realtime (one stage), pipeline (all four), quickstart, quickstart_smoke,
+                         or a file below recipes=DIR/recipe/
+  model=NAME             tiny, bench, moss_video_1b, moss_video_11b, llama_3_2_vision_90b; sizes below model.*
+  tracking=NAME          offline (default), online, disabled
+  data_root=DIR          packed folders align/ temporal/ sft/ realtime/ that the stages read
+  stages.NAME.KEY=VALUE  any field of one stage; stages.*.KEY=VALUE of every stage
+  stages.NAME.init=PATH  start from a checkpoint, a stage's or run's folder, or Hugging Face safetensors; or: scratch
+  output_dir=DIR         checkpoints and reports; running the same command again goes on where it stopped
+  dry_run=true           check everything, print the resolved pipeline and stop
+  recipes=DIR            a folder of your own recipe files beside the shipped ones
+
+  On several processes: torchrun --nproc-per-node 8 -m moss_train train recipe=…
+  Every field with its meaning: docs/recipes.md"""
+
+
+def train_command(arguments: Sequence[str]) -> int:
+    """Compose, check and train; the exit code is 128 + signal when a signal stopped the run after a saved step."""
+    from moss_train.train.compose import compose_run
+
+    run = compose_run(arguments)
+
+    from moss_train.parallel import groups
+    from moss_train.train.pipeline import run_pipeline
+    from moss_train.train.signals import exit_code
+
+    try:
+        signal = run_pipeline(run)
+    finally:
+        groups.shutdown()
+    return exit_code(signal) if signal else 0

@@ -1,0 +1,197 @@
+"""Checks of the whole pipeline before step 0 of anything: does every stage fit the one before it, the model, the
+tokenizer and the data? The model is built on the meta device and the data are known from their indexes alone, so a
+mistake in the last stage costs seconds, not the run."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moss_train.checkpoint.store import Checkpoint, checkpoint_shapes, latest, load_checkpoint
+from moss_train.data.index import load_index
+from moss_train.data.loader import build_loader
+from moss_train.engines.fit import require_fit
+from moss_train.errors import CheckpointError, ConfigError, MossTrainError
+from moss_train.model.groups import parameter_groups, trainable_names
+from moss_train.model.video_model import VideoModel
+from moss_train.parallel import groups
+from moss_train.streams.tokenizer import StreamTokenizer
+from moss_train.train.compose import resolved_dict
+from moss_train.train.config import RunConfig, StageConfig
+from moss_train.train.weights import Origin, expected_shapes, find_origin
+
+#: Parts of a stage's configuration that a resumed stage must keep; the data order has its own fingerprint.
+_KEPT = ("trainable", "compiler", "objective", "optim")
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage as it will run."""
+
+    name: str
+    config: StageConfig
+    directory: Path  #: `<output_dir>/<stage>`
+    origin: Origin | None  #: weights to start from; None: random, or the stage before in this run
+    steps: int
+    steps_per_epoch: int
+    summary: dict[str, Any]  #: of the blend, see `Loader.summary`
+    trained_parameters: int
+    parameters: int
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the stage's checkpoints."""
+        return self.directory / "checkpoints"
+
+
+def plan_pipeline(run: RunConfig, tokenizer: StreamTokenizer) -> list[StagePlan]:
+    """Every stage in order, checked. Process groups must exist.
+
+    Raises ConfigError (a field), DataError (a source) or CheckpointError (a predecessor) that names the stage.
+    """
+    check_tokenizer(run, tokenizer)
+    with torch.device("meta"):
+        model = VideoModel(run.model, groups.state().tensor_group)
+    plans: list[StagePlan] = []
+    for name, stage in run.ordered_stages():
+        try:
+            plans.append(_plan_stage(run, tokenizer, model, name, stage, plans))
+        except MossTrainError as error:
+            if f"stages.{name}" in str(error):
+                raise
+            raise type(error)(f"stages.{name}: {error}") from error
+    if run.evaluate.source is not None:
+        kinds = {sample.kind for sample in load_index(run.evaluate.source).samples}
+        if "stream" not in kinds:
+            raise ConfigError(
+                f"evaluate.source={run.evaluate.source}: it holds no stream, only {', '.join(sorted(kinds))}"
+            )
+    return plans
+
+
+def check_tokenizer(run: RunConfig, tokenizer: StreamTokenizer) -> None:
+    """Raise ConfigError unless every id of the tokenizer has a row in the embedding and, but the anchor, in the head."""
+    text = run.model.text
+    if tokenizer.vocabulary_size != text.vocabulary_size:
+        raise ConfigError(
+            f"model.text.vocabulary_size={text.vocabulary_size}, but the tokenizer has {tokenizer.vocabulary_size} "
+            "rows: choose the model's own tokenizer with tokenizer.path, or set model.text.vocabulary_size=null"
+        )
+    rows = text.vocabulary_size + text.extra_embedding_rows
+    if tokenizer.special.anchor >= rows:
+        raise ConfigError(
+            f"model.text.extra_embedding_rows={text.extra_embedding_rows}: the anchor's id {tokenizer.special.anchor} "
+            f"needs at least {tokenizer.special.anchor - text.vocabulary_size + 1}"
+        )
+
+
+def _plan_stage(
+    run: RunConfig,
+    tokenizer: StreamTokenizer,
+    model: VideoModel,
+    name: str,
+    stage: StageConfig,
+    before: list[StagePlan],
+) -> StagePlan:
+    trained = trainable_names(model, stage.trainable)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    _check_rates(model, trained, stage)
+    origin = None
+    if stage.init == "previous":
+        if not before:
+            raise ConfigError(
+                f"stages.{name}.init=previous, but this recipe has no stage before it: "
+                f"give stages.{name}.init=<checkpoint>, or scratch"
+            )
+        # A finished predecessor must fit; one that is still to run has this very model.
+        found = latest(before[-1].checkpoints)
+        if found is not None:
+            find_origin(found).check(model, tokenizer)
+    elif stage.init != "scratch":
+        origin = find_origin(Path(stage.init))
+        origin.check(model, tokenizer)
+    with build_loader(
+        replace(stage.data, workers=0), stage.compiler, tokenizer, run.model.vision.image_size, run.seed
+    ) as loader:
+        summary, steps_per_epoch = loader.summary(), loader.steps_per_epoch(0)
+    plan = StagePlan(
+        name=name,
+        config=stage,
+        directory=Path(run.output_dir) / name,
+        origin=origin,
+        steps=_steps(name, stage, steps_per_epoch, summary["epoch_samples"]),
+        steps_per_epoch=steps_per_epoch,
+        summary=summary,
+        trained_parameters=sum(sizes[parameter] for parameter in trained),
+        parameters=sum(sizes.values()),
+    )
+    _check_progress(run, plan, expected_shapes(model))
+    return plan
+
+
+def _check_rates(model: VideoModel, trained: set[str], stage: StageConfig) -> None:
+    group_of = parameter_groups(model)
+    for group in stage.optim.group_lr:
+        if group not in set(group_of.values()):
+            raise ConfigError(
+                f"optim.group_lr.{group}: no such group; groups are {', '.join(sorted(set(group_of.values())))}"
+            )
+        if not any(group_of[parameter] == group for parameter in trained):
+            raise ConfigError(
+                f"optim.group_lr.{group}: the stage does not train this group (trainable={stage.trainable})"
+            )
+
+
+def _check_progress(run: RunConfig, plan: StagePlan, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise unless the stage's own newest checkpoint, if there is one, may be gone on from."""
+    newest = latest(plan.checkpoints)
+    if newest is None:
+        return
+    if run.resume == "never":
+        raise ConfigError(f"resume=never, but {newest} exists: choose another output_dir, or resume=auto")
+    _check_same_run(run, plan, load_checkpoint(newest, only=()))
+    found = {name: shape for name, shape in checkpoint_shapes(newest).items() if name in shapes}
+    require_fit(found, shapes, str(newest))
+
+
+def _steps(name: str, stage: StageConfig, steps_per_epoch: int, samples: int) -> int:
+    """The stage's steps; ConfigError when they need more passes over the data than the stage allows."""
+    if stage.steps is None:
+        assert stage.epochs is not None  # validated
+        return max(1, math.ceil(stage.epochs * steps_per_epoch - 1e-9))
+    if stage.epochs is not None and stage.steps > math.ceil(stage.epochs * steps_per_epoch - 1e-9):
+        batch = stage.data.global_batch_size
+        raise ConfigError(
+            f"stages.{name}.steps={stage.steps} × data.global_batch_size={batch} = {stage.steps * batch} samples, but "
+            f"the blend has {samples} an epoch and stages.{name}.epochs={stage.epochs} allows {stage.epochs:g}: "
+            f"raise epochs to {stage.steps / steps_per_epoch:.2f}, or lower steps"
+        )
+    return stage.steps
+
+
+def _check_same_run(run: RunConfig, plan: StagePlan, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError when a stage would go on under another model, objective or optimizer than it began with."""
+    saved, now = checkpoint.provenance["config"], resolved_dict(run)
+    if checkpoint.state["stage"] != plan.name:
+        raise CheckpointError(f"{checkpoint.path} is of stage {checkpoint.state['stage']!r}, not of {plan.name!r}")
+    pairs: list[tuple[str, Any, Any]] = [(name, saved.get(name), now[name]) for name in ("seed", "model", "tokenizer")]
+    saved_stage = saved["stages"].get(plan.name, {})
+    pairs += [(f"stages.{plan.name}.{name}", saved_stage.get(name), now["stages"][plan.name][name]) for name in _KEPT]
+    total = checkpoint.state["progress"]["total"]
+    changes = [change for name, before, after in pairs for change in _changes(name, before, after)]
+    if total != plan.steps:
+        changes.append(f"the stage's steps were {total}, are {plan.steps}")
+    if changes:
+        raise CheckpointError(
+            f"{checkpoint.path} was made by another configuration ({'; '.join(changes[:5])}): "
+            f"restore it, choose another output_dir, or remove {plan.directory} to train the stage anew"
+        )
+
+
+def _changes(name: str, before: Any, after: Any) -> list[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = sorted(before.keys() | after.keys())
+        return [change for key in keys for change in _changes(f"{name}.{key}", before.get(key), after.get(key))]
+    return [] if before == after else [f"{name} was {before!r}, is {after!r}"]

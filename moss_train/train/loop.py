@@ -1,0 +1,96 @@
+"""The training loop of one stage, top to bottom: data, step, figures, evaluation, checkpoint, stop."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moss_train.data.loader import GlobalStep, Loader
+from moss_train.engines.protocol import Engine, StepOutput
+from moss_train.parallel import groups
+from moss_train.report.tracker import Tracker
+from moss_train.train.config import StageConfig
+from moss_train.train.signals import StopRequest
+
+
+@dataclass
+class Progress:
+    """How far a stage has come; saved with every checkpoint."""
+
+    step: int = 0  #: steps taken
+    total: int = 0  #: steps of the stage
+    trained_tokens: int = 0  #: labels that entered the loss, over all steps and ranks
+    streams: int = 0  #: streams of all global batches so far, masked ones included
+    seconds: float = 0.0  #: spent in the loop, over all runs of the stage
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.total
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def train(
+    stage: StageConfig,
+    engine: Engine,
+    loader: Loader,
+    tracker: Tracker,
+    progress: Progress,
+    save: Callable[[], None],
+    evaluate: Callable[[], dict[str, float]] | None,
+    stop: StopRequest,
+) -> int:
+    """Train until `progress.total` steps are taken; returns 0, or the signal that asked to stop earlier.
+
+    `save` writes a checkpoint of the last step taken; it has been called on every way out but an exception.
+    """
+    device = groups.state().device
+    batches = iter(loader)
+    while not progress.finished:
+        began = time.perf_counter()
+        batch = next(batches)
+        output = engine.train_step(batch.microbatches)
+
+        progress.step += 1
+        progress.trained_tokens += output.labels
+        progress.streams += len(batch.keys)
+        progress.seconds += time.perf_counter() - began
+        record_step(tracker, batch, output, time.perf_counter() - began)
+
+        if evaluate is not None and _every(stage.eval_every, progress.step):
+            for name, value in evaluate().items():
+                tracker.record_metric(f"eval/{name}", value, reduce="last")
+        if _every(stage.log_every, progress.step) or progress.step == 1 or progress.finished:
+            tracker.commit(progress.step)
+
+        signal = stop.agreed(device)
+        if progress.finished or signal or _every(stage.save_every, progress.step):
+            save()
+        if signal and not progress.finished:
+            return signal
+    return 0
+
+
+def record_step(tracker: Tracker, batch: GlobalStep, output: StepOutput, seconds: float) -> None:
+    """Note the figures of one step; frames are this rank's, all else is the global batch's."""
+    tracker.record_metric("loss", output.loss)
+    for kind, loss in output.per_kind.items():
+        tracker.record_metric(f"loss/{kind}", loss)
+        tracker.record_metric(f"share/{kind}", output.per_kind_share.get(kind, 0.0))
+    for name, value in output.decisions.items():
+        tracker.record_metric(f"decision/{name}", value)
+    tracker.record_metric("grad_norm", output.grad_norm)
+    tracker.record_metric("learning_rate", max(output.lr.values()), reduce="last")
+    for group, rate in output.lr.items():
+        tracker.record_metric(f"learning_rate/{group}", rate, reduce="last")
+    tracker.record_metric("tokens_per_s", output.labels, reduce="rate")
+    tracker.record_metric("frames_per_s", sum(len(part.frames_NCHW) for part in batch.microbatches), reduce="rate")
+    tracker.record_metric("data_wait", batch.data_wait_s / seconds)
+    tracker.record_metric("step_seconds", seconds)
+    tracker.record_metric("masked", batch.masked, reduce="sum")
+    tracker.record_metric("skipped", float(output.skipped), reduce="sum")
+
+
+def _every(steps: int, step: int) -> bool:
+    return steps > 0 and step % steps == 0

@@ -1,0 +1,87 @@
+"""The pipeline: check every stage, then train one after the other, each from where the one before ended."""
+
+from pathlib import Path
+
+import yaml
+
+from moss_train.checkpoint.store import latest
+from moss_train.errors import CheckpointError
+from moss_train.parallel import groups
+from moss_train.report.tracker import Tracker
+from moss_train.streams.tokenizer import load_tokenizer
+from moss_train.train.compose import resolved_dict
+from moss_train.train.config import RunConfig
+from moss_train.train.evaluation import Evaluator
+from moss_train.train.handoff import StagePlan, plan_pipeline
+from moss_train.train.signals import StopRequest
+from moss_train.train.stage import finished, run_stage
+from moss_train.train.weights import Origin, find_origin
+
+CONFIG_FILE = "config.yaml"
+
+
+def run_pipeline(run: RunConfig) -> int:
+    """Train every stage that is not finished yet; returns 0, or the number of the signal that stopped it.
+
+    Nothing is written and no weight is made before every stage has passed the checks of `plan_pipeline`.
+    """
+    state = groups.initialize(run.layout, run.seed)
+    tokenizer = load_tokenizer(run.tokenizer)
+    if run.model.text.vocabulary_size is None:
+        run.model.text.vocabulary_size = tokenizer.vocabulary_size
+    plans = plan_pipeline(run, tokenizer)
+    if state.is_main:
+        print(describe(run, plans), flush=True)
+    if run.dry_run:
+        return 0
+    output = Path(run.output_dir)
+    if state.is_main:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / CONFIG_FILE).write_text(yaml.safe_dump(resolved_dict(run), sort_keys=False, allow_unicode=True))
+    evaluator = Evaluator(run, tokenizer) if run.evaluate.source is not None else None
+    before: StagePlan | None = None
+    with (
+        StopRequest() as stop,
+        Tracker(run.tracking, output, run.name, resolved_dict(run), main=state.is_main) as tracker,
+    ):
+        for plan in plans:
+            if not finished(plan):
+                signal = run_stage(run, plan, _origin(plan, before), tokenizer, tracker, evaluator, stop)
+                if signal:
+                    return signal
+            elif state.is_main:
+                print(f"{plan.name}: finished earlier, {latest(plan.checkpoints)}", flush=True)
+            before = plan
+    return 0
+
+
+def _origin(plan: StagePlan, before: StagePlan | None) -> Origin | None:
+    if plan.config.init != "previous":
+        return plan.origin
+    assert before is not None  # checked when planning
+    if latest(before.checkpoints) is None:
+        raise CheckpointError(f"stages.{plan.name}.init=previous: {before.checkpoints} holds no checkpoint")
+    return find_origin(before.checkpoints)
+
+
+def describe(run: RunConfig, plans: list[StagePlan]) -> str:
+    """The resolved pipeline in a few lines, for the log and for `dry_run=true`."""
+    state = groups.state()
+    lines = [
+        f"{run.name}: model {run.model.name}, {plans[0].parameters:,} parameters, {state.world_size} process"
+        f"{'es' if state.world_size > 1 else ''} on {state.device.type}, seed {run.seed}, output {run.output_dir}"
+    ]
+    for plan in plans:
+        stage, summary = plan.config, plan.summary
+        start = plan.origin.path if plan.origin else stage.init
+        done = latest(plan.checkpoints)
+        lines.append(
+            f"  {plan.name}: {plan.steps} steps × {stage.data.global_batch_size} streams "
+            f"= {plan.steps / plan.steps_per_epoch:.2f} epochs of {summary['epoch_samples']} samples; "
+            f"trains {stage.trainable} ({plan.trained_parameters:,}); lr {stage.optim.lr:g} "
+            f"{stage.optim.schedule}; from {start}" + (f"; goes on from {done.name}" if done else "")
+        )
+        for name, source in summary["sources"].items():
+            kinds = ", ".join(f"{count} {kind}" for kind, count in source["kinds"].items())
+            lines.append(f"    {name}: {kinds}; {source['share']:.0%} of the blend")
+    return "\n".join(lines)

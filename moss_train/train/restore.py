@@ -1,0 +1,52 @@
+"""A trained model back from its checkpoint, with all that is needed to use it."""
+
+from pathlib import Path
+
+import torch
+
+from moss_train.checkpoint.store import load_checkpoint
+from moss_train.errors import CheckpointError
+from moss_train.model.video_model import VideoModel
+from moss_train.parallel import groups
+from moss_train.streams.tokenizer import StreamTokenizer, load_tokenizer
+from moss_train.train.compose import run_from_dict
+from moss_train.train.config import RunConfig
+from moss_train.train.weights import Origin, find_checkpoint
+
+
+def load_model(path: str | Path) -> tuple[VideoModel, StreamTokenizer, RunConfig]:
+    """The model of a checkpoint (or the newest below a stage's or run's folder), in evaluation mode, its tokenizer and
+    the run that made it. Starts process groups when there are none.
+
+    Raises CheckpointError when there is no checkpoint, or it is damaged or made with another tokenizer.
+    """
+    checkpoint = find_checkpoint(Path(path)) if Path(path).exists() else None
+    if checkpoint is None:
+        raise CheckpointError(f"{path}: no checkpoint there, nor in a stage's or run's folder of this name")
+    provenance = load_checkpoint(checkpoint, only=()).provenance
+    run = run_from_dict(provenance["config"])
+    tokenizer = load_tokenizer(run.tokenizer)
+    if provenance.get("tokenizer_fingerprint") != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"{checkpoint} was trained with tokenizer {provenance.get('tokenizer_fingerprint')}, but "
+            f"tokenizer.path={run.tokenizer.path} is {tokenizer.fingerprint} by now: put the old one back"
+        )
+    model = build_model(run)
+    Origin(checkpoint, hugging_face=False).load(model)
+    return model, tokenizer, run
+
+
+def build_model(run: RunConfig) -> VideoModel:
+    """The run's model with the fresh weights of its seed, on this process's device, in evaluation mode."""
+    state = groups.initialize(run.layout, run.seed)
+    torch.manual_seed(run.seed)
+    model = VideoModel(run.model, state.tensor_group)
+    return model.to(state.device).eval()
+
+
+def stage_of(path: str | Path) -> str:
+    """Name of the stage whose checkpoint `load_model(path)` takes."""
+    checkpoint = find_checkpoint(Path(path))
+    if checkpoint is None:
+        raise CheckpointError(f"{path}: no checkpoint there, nor in a stage's or run's folder of this name")
+    return load_checkpoint(checkpoint, only=()).state["stage"]

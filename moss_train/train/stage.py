@@ -1,0 +1,132 @@
+"""One stage: model, engine, data and weights put together, resumed where it stopped, trained, saved."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from moss_train.checkpoint.provenance import collect_provenance
+from moss_train.checkpoint.random_state import capture_random_state, restore_random_state
+from moss_train.checkpoint.retention import apply_retention
+from moss_train.checkpoint.store import Checkpoint, latest, load_checkpoint, save_checkpoint
+from moss_train.data.loader import Loader, build_loader
+from moss_train.engines.megatron import MegatronEngine
+from moss_train.engines.protocol import Engine, EngineState
+from moss_train.model.groups import trainable_names
+from moss_train.model.video_model import VideoModel
+from moss_train.objectives.streaming_loss import StreamingLoss
+from moss_train.parallel import groups
+from moss_train.report.tracker import Tracker
+from moss_train.streams.tokenizer import StreamTokenizer
+from moss_train.train.compose import resolved_dict
+from moss_train.train.config import RunConfig
+from moss_train.train.evaluation import Evaluator
+from moss_train.train.handoff import StagePlan
+from moss_train.train.loop import Progress, train
+from moss_train.train.signals import StopRequest
+from moss_train.train.weights import Origin
+
+
+@dataclass
+class _Stage:
+    """What one stage's training holds in its hands."""
+
+    run: RunConfig
+    plan: StagePlan
+    tokenizer: StreamTokenizer
+    engine: Engine
+    loader: Loader
+    progress: Progress
+
+    def save(self) -> None:
+        """Write a checkpoint of the last step taken; every rank must call it."""
+        state = self.engine.state_dict()
+        if groups.state().is_main:
+            save_checkpoint(
+                self.plan.checkpoints,
+                self.progress.step,
+                state.tensors | capture_random_state(),
+                {
+                    "stage": self.plan.name,
+                    "progress": self.progress.to_json(),
+                    "loader": self.loader.state_dict(),
+                    "engine": state.metadata,
+                },
+                collect_provenance(resolved_dict(self.run), self.tokenizer.fingerprint),
+            )
+            apply_retention(self.plan.checkpoints, self.plan.config.keep)
+        if dist.get_world_size() > 1:
+            dist.barrier()
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint of this very stage, bit for bit."""
+        self.engine.load_state_dict(
+            EngineState(
+                {name: t for name, t in checkpoint.tensors.items() if not name.startswith("random/")},
+                checkpoint.state["engine"],
+            )
+        )
+        self.loader.load_state_dict(checkpoint.state["loader"])
+        restore_random_state(checkpoint.tensors)
+        self.progress = Progress(**checkpoint.state["progress"])
+
+
+def finished(plan: StagePlan) -> bool:
+    """Whether the stage's newest checkpoint is of its last step."""
+    newest = latest(plan.checkpoints)
+    return newest is not None and int(newest.name.removeprefix("step_")) >= plan.steps
+
+
+def run_stage(
+    run: RunConfig,
+    plan: StagePlan,
+    origin: Origin | None,
+    tokenizer: StreamTokenizer,
+    tracker: Tracker,
+    evaluator: Evaluator | None,
+    stop: StopRequest,
+) -> int:
+    """Train one stage to its end, from its newest checkpoint or from `origin` (None: fresh weights).
+
+    Returns 0, or the signal that stopped it.
+    """
+    state = groups.state()
+    newest = latest(plan.checkpoints)
+    torch.manual_seed(run.seed)
+    model = VideoModel(run.model, state.tensor_group)
+    if newest is None and origin is not None:
+        origin.load(model)
+    engine = MegatronEngine()
+    engine.setup(
+        model,
+        trainable_names(model, plan.config.trainable),
+        plan.config.optim,
+        StreamingLoss(plan.config.objective),
+        plan.steps,
+    )
+    with build_loader(
+        plan.config.data,
+        plan.config.compiler,
+        tokenizer,
+        run.model.vision.image_size,
+        run.seed,
+        state.data_rank,
+        state.data_ranks,
+        plan.directory / "quarantine.jsonl",
+    ) as loader:
+        stage = _Stage(run, plan, tokenizer, engine, loader, Progress(total=plan.steps))
+        if newest is not None:
+            stage.restore(load_checkpoint(newest))
+        tracker.start_stage(plan.name, plan.steps, stage.progress.step)
+
+        def save() -> None:
+            stage.save()
+            tracker.event("checkpoint", stage.progress.step)
+
+        evaluate: Callable[[], dict[str, float]] | None = None
+        if evaluator is not None:
+            evaluate = lambda: evaluator.figures(model, plan.config.compiler)  # noqa: E731
+        signal = train(plan.config, engine, loader, tracker, stage.progress, save, evaluate, stop)
+        tracker.end_stage(completed=not signal)
+    return signal

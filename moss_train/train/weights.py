@@ -1,0 +1,110 @@
+"""Where first weights come from: one of our checkpoints, or a folder of the reference's (Hugging Face) safetensors."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from moss_train.checkpoint.hugging_face import import_weights, read_safetensors
+from moss_train.checkpoint.store import checkpoint_shapes, latest, load_checkpoint, step_directories
+from moss_train.engines.fit import require_fit
+from moss_train.errors import CheckpointError
+from moss_train.streams.tokenizer import StreamTokenizer
+
+NAMESPACE = "model"  #: of the weights among a checkpoint's tensors
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A place that holds weights."""
+
+    path: Path
+    hugging_face: bool  #: safetensors under the reference's names instead of one of our checkpoints
+
+    def check(self, model: torch.nn.Module, tokenizer: StreamTokenizer) -> None:
+        """Raise CheckpointError unless the weights fit `model` (one on the meta device will do) and `tokenizer`.
+
+        Names and shapes are compared; no tensor is read.
+        """
+        if self.hugging_face:
+            import_weights(model, _headers(self.path), str(self.path))
+            return
+        shapes = {name: shape for name, shape in checkpoint_shapes(self.path).items() if name.startswith(NAMESPACE)}
+        require_fit(shapes, expected_shapes(model), str(self.path))
+        trained_with = load_checkpoint(self.path, only=()).provenance.get("tokenizer_fingerprint")
+        if trained_with != tokenizer.fingerprint:
+            raise CheckpointError(
+                f"{self.path} was trained with another tokenizer (fingerprint {trained_with}, this run's is "
+                f"{tokenizer.fingerprint}), so its embedding means other words: set the tokenizer it was trained with"
+            )
+
+    @torch.no_grad()
+    def load(self, model: torch.nn.Module) -> None:
+        """Copy the weights into `model`; CheckpointError when they do not fit."""
+        if self.hugging_face:
+            weights: dict[str, torch.Tensor] = {}
+            for file in _safetensors(self.path):
+                weights |= read_safetensors(file)
+            import_weights(model, weights, str(self.path))
+            return
+        loaded = load_checkpoint(self.path, expect=expected_shapes(model), only=(NAMESPACE,)).tensors
+        for name, tensor in named_weights(model).items():
+            tensor.copy_(loaded[name])
+
+
+def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's weights by canonical name, not copied."""
+    # Megatron's layers put None under `…_extra_state` into their state.
+    state = model.state_dict()
+    return {f"{NAMESPACE}/{name}": tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+
+
+def expected_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Canonical name → shape of what a checkpoint must hold for `model`."""
+    return {name: tuple(tensor.shape) for name, tensor in named_weights(model).items()}
+
+
+def find_origin(path: str | Path) -> Origin:
+    """The weights at `path`: a checkpoint, a stage's or a run's folder (its newest), or Hugging Face safetensors.
+
+    Raises CheckpointError when there are none.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such checkpoint or folder")
+    if (checkpoint := find_checkpoint(path)) is not None:
+        return Origin(checkpoint, hugging_face=False)
+    if _safetensors(path):
+        return Origin(path, hugging_face=True)
+    raise CheckpointError(
+        f"{path}: neither a checkpoint, nor a folder of a stage or run that holds one, nor Hugging Face safetensors"
+    )
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """`path` when it is a checkpoint, else the newest one of the stage's or run's folder, or None."""
+    if (path / "manifest.json").is_file():
+        return path
+    for folder in (path, path / "checkpoints"):
+        if step_directories(folder):
+            return latest(folder)
+    stages = [found for folder in path.glob("*/checkpoints") if (found := latest(folder)) is not None]
+    return max(stages, key=lambda found: found.stat().st_mtime) if stages else None
+
+
+def _safetensors(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _headers(folder: Path) -> dict[str, torch.Tensor]:
+    """Tensors of the right shapes on the meta device, from the files' headers alone."""
+    found: dict[str, torch.Tensor] = {}
+    for file in _safetensors(folder):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():
+                    found[name] = torch.empty(opened.get_slice(name).get_shape(), device="meta")
+        except Exception as error:  # safetensors raises its own error type for a damaged header
+            raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
+    return found
