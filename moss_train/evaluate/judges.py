@@ -3,6 +3,11 @@
 import re
 from typing import Protocol
 
+from moss_train.data.judge import WorldJudge
+from moss_train.errors import ConfigError
+
+JUDGES = ("text", "world")
+
 
 class Judge(Protocol):
     """Decides about meaning, not wording. Must accept any text, also gibberish and the empty string."""
@@ -24,3 +29,12 @@ class TextJudge:
 
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.casefold())
+
+
+def load_judge(name: str) -> Judge:
+    """The judge called `name`: `text` for any data, `world` for the built-in synthetic clips."""
+    if name == "text":
+        return TextJudge()
+    if name == "world":
+        return WorldJudge()
+    raise ConfigError(f"judge={name!r}: legal values are {', '.join(JUDGES)}")

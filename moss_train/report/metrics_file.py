@@ -1,9 +1,9 @@
 """`metrics.jsonl`: one JSON object a line, appended while a run goes on, also over interruptions and resumes.
 
 Rows: `{"stage": …, "step": …, "total": …, "time": …, "metrics": {name: value}}`; events: the same with
-`"event": name` instead of `metrics`. A stage that begins writes a `start` event of step 0, one that resumes after step s a
-`resume` event; rows of that stage with a later step that stand before it belong to work that was lost, and the reader
-drops them.
+`"event": name` instead of `metrics`. A stage that begins writes a `start` event of step 0, one that resumes after
+step s a `resume` event; rows of that stage with a later step that stand before it belong to work that was lost, and the
+reader drops them.
 """
 
 import json
