@@ -159,8 +159,8 @@ def _place(
     occupied = {slot for slot, _ in emission.parts}
     for slot, ids in emission.parts:
         goes_on = slot + 1 in occupied
-        finished = slot != last or (reply.complete and not emission.cut)
-        slots[slot].piece = Piece(reply, ids, starts=slot - 1 not in occupied, stops=finished and not goes_on)
+        cut_here = slot == limit and (emission.cut or not reply.complete)
+        slots[slot].piece = Piece(reply, ids, starts=slot - 1 not in occupied, stops=not (goes_on or cut_here))
     return last
 
 

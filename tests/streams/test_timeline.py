@@ -110,6 +110,12 @@ def test_words_are_said_when_they_were_spoken_and_pauses_are_silence():
     assert kinds_in_order(row).count(Kind.ONSET) == 2  # speaking up again is a decision too
 
 
+def test_a_question_in_a_pause_leaves_the_silence_before_it():
+    reply = say(1.0, "It is red", words=[[1.0, 1.1, "It"], [1.5, 1.6, "is"], [4.0, 4.1, "red"]])
+    row = compiled(stream(reply, user(3.5, "Stop.", kind="interrupt"), end_s=5.0))
+    assert layout(row) == "U: A _ #_ #It # is_ #_ | U:Stop. A _ #_ |"
+
+
 def test_words_win_over_the_rate():
     reply = say(1.0, "It is", words=[[1.0, 1.1, "It"], [2.0, 2.1, "is"]])
     assert layout(compiled(stream(reply, end_s=3.0))) == "U: A _ #_ #It # is_ |"
