@@ -188,7 +188,7 @@ class _Script:
 
 def _before(script: _Script) -> int:
     """Asked while the screen is empty, answered by the first frame that shows something. Returns the answer's frame."""
-    appear = script.between(2, 5)
+    appear = script.between(1, 4)
     script.appear(appear)
     asked_t = 0.0 if script.rng.random() < 0.3 else script.between(0, appear - 1) + 0.25
     assert script.scene is not None
@@ -200,7 +200,7 @@ def _during(script: _Script) -> int:
     """Asked while the scene is on screen, answered at the next frame."""
     since = script.between(0, 2)
     script.appear(since)
-    asked = since + script.between(0, 3)
+    asked = since + script.between(0, 2)
     if asked - since >= 2 and script.rng.random() < 0.5:
         since = asked - script.between(0, 1)
         script.wander(since, since + 1)
@@ -269,7 +269,7 @@ def sample_stream(rng: np.random.Generator, split: str, key: str, scenario: str 
     }
     if scenario in asked:
         answered = asked[scenario](script)
-        script.changes(answered + script.between(2, 3), most=script.between(1, 3))
+        script.changes(answered + script.between(2, 3), most=script.between(2, 5))
     elif scenario == "after":
         _after(script)
     elif scenario == "description":
