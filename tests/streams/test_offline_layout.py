@@ -197,3 +197,18 @@ def test_media_that_are_unknown_or_too_short():
     sample, _ = import_moss_row(rows("mllm_offline_sft_demo")[0], "row")
     with pytest.raises(SampleError, match="media: nothing is known of v0"):
         compile_sample(sample, {}, tokenizer(), CompilerConfig())
+
+
+def test_text_is_tokenised_together_with_the_line_breaks_of_its_header():
+    """As the reference does: a tokenizer may merge the header's line breaks with those the text starts with."""
+
+    class Recorder:
+        special = tokenizer().special
+
+        def encode(self, text):
+            return [text]
+
+    template = TurnTemplate(Recorder())
+    assert "\n\n\nWhere?" in template.user_turn("\nWhere?")
+    assert "\n\n\nWatch." in template.system_prefix("\nWatch.")
+    assert template.user_turn("")[-1] == "\n\n"  # what the assistant says is tokenised apart from its header
