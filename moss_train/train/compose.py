@@ -28,11 +28,16 @@ def compose_run(arguments: Sequence[str]) -> RunConfig:
     """The run that `key=value` overrides describe, validated.
 
     `recipe=`, `model=`, `layout=`, `engine=` and `tracking=` choose files below `recipes/`; every other key is a field
-    of `RunConfig`. `stages.*.…` sets a field of every stage. `recipes=DIR` adds a folder of one's own recipe files.
+    of `RunConfig`. `stages.*.…` sets a field of every stage, `~key` takes out a stage or a source of the recipe, and
+    `recipes=DIR` adds a folder of one's own recipe files.
     Raises ConfigError for everything that is wrong with them.
     """
-    overrides, folders = [], []
+    overrides: list[tuple[str, str | None]] = []
+    folders: list[str] = []
     for argument in arguments:
+        if argument.startswith("~"):
+            overrides.append((argument[1:], None))
+            continue
         key, text = split_argument(argument)
         if key == "recipes":
             if not Path(text).is_dir():
@@ -43,8 +48,8 @@ def compose_run(arguments: Sequence[str]) -> RunConfig:
     for key, text in overrides:
         if key not in GROUPS:
             check_path(RunConfig, key)
-        elif text not in available(key, folders):
-            raise ConfigError(unknown_name(text, text, available(key, folders), what=key))
+        elif text is None or text not in available(key, folders):
+            raise ConfigError(unknown_name(str(text), str(text), available(key, folders), what=key))
     if "recipe" not in dict(overrides):
         raise ConfigError(f"choose a recipe: recipe={' or recipe='.join(available('recipe', folders))}")
     config = _compose([item for item in overrides if not _wild(item[0])], folders)
@@ -80,7 +85,7 @@ def _wild(key: str) -> bool:
     return key.startswith("stages.*.")
 
 
-def _compose(overrides: list[tuple[str, str]], folders: list[str]) -> DictConfig:
+def _compose(overrides: list[tuple[str, str | None]], folders: list[str]) -> DictConfig:
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     lines = [_line(key, text) for key, text in overrides]
     if folders:
@@ -93,9 +98,11 @@ def _compose(overrides: list[tuple[str, str]], folders: list[str]) -> DictConfig
         raise ConfigError(_explain(error)) from error
 
 
-def _line(key: str, text: str) -> str:
+def _line(key: str, text: str | None) -> str:
     """The override in Hydra's grammar. Keys that a dict field may gain (a source, a weight by kind) are merged in from
     the dict's own level, because OmegaConf cannot create a typed entry from below; stages must exist."""
+    if text is None:
+        return f"~{key}"
     if key in GROUPS:
         return f"{key}={text}"
     value = _quoted(key, text)

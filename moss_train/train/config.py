@@ -1,5 +1,6 @@
 """The configuration of a run: what recipes and overrides fill, in one tree, checked once after all overrides."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,6 +131,7 @@ class RunConfig:
         for part in (self.model, self.tokenizer, self.engine, self.tracking, self.evaluate.settings):
             _validate(part)
         _validate(self.evaluate.decode, "evaluate.")
+        self.layout.validate(int(os.environ.get("WORLD_SIZE", 1)))  # set by torchrun
         for name, stage in self.stages.items():
             stage.validate(name)
         orders: dict[int, str] = {}

@@ -72,7 +72,7 @@ def plan_pipeline(run: RunConfig, tokenizer: StreamTokenizer) -> list[StagePlan]
 
 
 def check_tokenizer(run: RunConfig, tokenizer: StreamTokenizer) -> None:
-    """Raise ConfigError unless every id of the tokenizer has a row in the embedding and, but the anchor, in the head."""
+    """Raise ConfigError unless the tokenizer's ids have rows in the embedding and, but for the anchor, in the head."""
     text = run.model.text
     if tokenizer.vocabulary_size != text.vocabulary_size:
         raise ConfigError(

@@ -1,0 +1,98 @@
+"""Recipes and overrides: what they amount to, and what is refused before anything starts."""
+
+import pytest
+
+from moss_train.errors import ConfigError
+from moss_train.train.compose import available, compose_run, resolved_dict, run_from_dict
+
+
+@pytest.mark.parametrize("recipe", available("recipe"))
+def test_every_recipe_composes_and_survives_saving(recipe):
+    run = compose_run([f"recipe={recipe}"])
+    assert run_from_dict(resolved_dict(run)) == run
+
+
+@pytest.mark.parametrize("model", available("model"))
+def test_every_model_composes(model):
+    assert compose_run(["recipe=realtime", f"model={model}"]).model.name == model
+
+
+def test_published_hyperparameters():
+    stages = compose_run(["recipe=pipeline"]).stages
+    # name: lr, frames per second, fewest, most frames, tokens, trained
+    published = {
+        "align": (2e-5, 2.0, 8, 64, 4096, "vision_projector_xattn"),
+        "temporal": (1e-5, 1.0, 8, 256, 8192, "all"),
+        "sft": (1e-5, 1.0, 8, 256, 8192, "all"),
+        "realtime": (2e-5, 1.0, 1, 256, 4096, "all"),
+    }
+    assert list(stages) == list(published)
+    for name, stage in stages.items():
+        compiler, optim = stage.compiler, stage.optim
+        found = (optim.lr, compiler.fps, compiler.min_frames, compiler.max_frames, stage.data.pack_text_tokens)
+        assert (*found, stage.trainable) == published[name]
+        assert (optim.schedule, optim.warmup_fraction, optim.clip, optim.betas) == ("linear", 0.1, 1.0, [0.9, 0.999])
+        assert set(stage.objective.weights.values()) == {1.0, 0.0} and stage.objective.focal_gamma == 0.0
+
+
+def test_the_command_line_wins_over_the_recipe():
+    run = compose_run(["recipe=realtime", "model=tiny", "stages.realtime.optim.lr=1e-4", "output_dir=a b=c"])
+    assert (run.model.name, run.stages["realtime"].optim.lr, run.output_dir) == ("tiny", 1e-4, "a b=c")
+
+
+def test_a_wildcard_reaches_every_stage():
+    run = compose_run(["recipe=pipeline", "stages.*.steps=7", "stages.sft.steps=9"])
+    assert [stage.steps for _, stage in run.ordered_stages()] == [7, 7, 9, 7]
+
+
+def test_dict_fields_gain_entries_and_keep_their_own():
+    run = compose_run(
+        ["recipe=realtime", "stages.realtime.data.sources.mine.path=/x", "stages.*.objective.weights.revision=3"]
+    )
+    stage = run.stages["realtime"]
+    assert {name: source.path for name, source in stage.data.sources.items()} == {
+        "realtime": "data/realtime",
+        "mine": "/x",
+    }
+    assert stage.objective.weights["revision"] == 3.0 and stage.objective.weights["text"] == 1.0
+
+
+def test_own_recipe_files(tmp_path):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - /stage@stages.short: realtime\n  - override /model: bench\nname: mine\n"
+        "stages:\n  short:\n    steps: 3\n"
+    )
+    run = compose_run([f"recipes={tmp_path}", "recipe=mine"])
+    assert (run.model.name, run.output_dir, run.stages["short"].steps) == ("bench", "outputs/mine", 3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model=tiny"], "recipe=realtime"),
+        (["recipe=realtim"], "did you mean realtime"),
+        (["recipe=realtime", "model=tinny"], "did you mean tiny"),
+        (["recipe=realtime", "stages.realtime.optim.lrr=1"], "stages.realtime.optim.lr"),
+        (["recipe=realtime", "lr=1"], "stages.*.optim.lr"),
+        (["recipe=realtime", "stages.realtme.optim.lr=1"], "no stage 'realtme'"),
+        (["recipe=realtime", "seed=abc"], "seed=abc"),
+        (["recipe=realtime", "stages.realtime.optim.betas=[1"], "stages.realtime.optim.betas"),
+        (["recipe=realtime", "stages.realtime.data.global_batch_size=0"], "stages.realtime.data.global_batch_size=0"),
+        (["recipe=realtime", "stages.realtime.objective.weights.silence=1"], "idle_silence"),
+        (["recipe=realtime", "stages.realtime.steps=0"], "stages.realtime.steps=0"),
+        (["recipe=realtime", "stages.realtime.steps=null", "stages.realtime.epochs=null"], "both are null"),
+        (["recipe=realtime", "stages.realtime.compiler.sinks=2"], "window"),
+        (["recipe=pipeline", "stages.sft.order=1"], "same order"),
+        (["recipe=realtime", "tracking.wandb=yes"], "tracking.wandb"),
+        (["recipe=realtime", "resume=maybe"], "resume"),
+        (["recipe=realtime", "layout.cp=2"], "layout.cp"),
+        (["recipe=realtime", "model.vision.patch_size=13"], "model.vision.image_size"),
+        (["recipe=realtime", "recipes=nowhere"], "no such folder"),
+        (["recipe"], "key=value"),
+    ],
+)
+def test_mistakes_name_the_field(overrides, expected):
+    with pytest.raises(ConfigError) as error:
+        compose_run(overrides)
+    assert expected in str(error.value)

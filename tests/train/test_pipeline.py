@@ -1,0 +1,173 @@
+"""The pipeline on rendered clips: resume is exact, hand-offs are checked before anything is trained."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from small_runs import small_overrides
+
+from moss_train.checkpoint.store import latest, load_checkpoint
+from moss_train.engines.megatron import MegatronEngine
+from moss_train.errors import CheckpointError, ConfigError, DataError
+from moss_train.streams.config import TokenizerConfig
+from moss_train.streams.tokenizer import load_tokenizer
+from moss_train.train.compose import compose_run
+from moss_train.train.pipeline import run_pipeline
+from moss_train.train.restore import load_model, stage_of
+
+
+def train(overrides: list[str], output: Path, *more: str) -> int:
+    return run_pipeline(compose_run([*overrides, f"output_dir={output}", *more]))
+
+
+def final(output: Path, stage: str = "realtime"):
+    return load_checkpoint(latest(output / stage / "checkpoints"))
+
+
+@pytest.fixture(scope="module")
+def whole(packed, tmp_path_factory):
+    """The output folder of an uninterrupted run."""
+    output = tmp_path_factory.mktemp("whole")
+    assert train(small_overrides(packed), output) == 0
+    return output
+
+
+def test_stages_chain_and_leave_their_story(whole):
+    align, realtime = final(whole, "align"), final(whole)
+    assert (align.step, realtime.step) == (3, 6)
+    assert any(not torch.equal(align.tensors[name], realtime.tensors[name]) for name in align.tensors)
+    assert {"revision", "modified"} == set(realtime.provenance["git"] or {"revision": 0, "modified": 0})
+    assert realtime.provenance["config"]["stages"]["realtime"]["steps"] == 6
+    assert realtime.provenance["versions"]["torch"]
+    assert yaml.safe_load((whole / "config.yaml").read_text())["name"] == "quickstart"
+    assert len(list((whole / "realtime" / "checkpoints").glob("step_*"))) == 2  # `keep`
+    assert realtime.state["progress"]["trained_tokens"] > 0
+
+
+def test_a_run_stopped_and_killed_ends_with_the_same_bits(small, whole, tmp_path, monkeypatch):
+    step = MegatronEngine.train_step
+
+    def stopping(engine, microbatches):
+        output = step(engine, microbatches)
+        if engine._rates.total_steps == 6 and engine.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return output
+
+    def dying(engine, microbatches):
+        if engine._rates.total_steps == 6 and engine.step == 5:
+            raise RuntimeError("the machine is gone")
+        return step(engine, microbatches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MegatronEngine, "train_step", stopping)
+        assert train(small, tmp_path) == signal.SIGTERM
+    assert final(tmp_path).step == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(MegatronEngine, "train_step", dying)
+        with pytest.raises(RuntimeError, match="machine"):
+            train(small, tmp_path)
+    assert final(tmp_path).step == 4
+    torch.manual_seed(12345)  # whatever state the new process is in
+    assert train(small, tmp_path) == 0
+
+    ours, theirs = final(tmp_path), final(whole)
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    different = [name for name in ours.tensors if not torch.equal(ours.tensors[name], theirs.tensors[name])]
+    assert not different
+    assert ours.state["loader"] == theirs.state["loader"]
+    for name in ("step", "trained_tokens", "streams"):
+        assert ours.state["progress"][name] == theirs.state["progress"][name]
+
+
+def test_a_finished_run_is_left_alone(small, whole, monkeypatch):
+    monkeypatch.setattr(MegatronEngine, "train_step", lambda *_: pytest.fail("trained again"))
+    assert train(small, whole) == 0
+
+
+def test_another_seed_trains_other_weights(small, whole, tmp_path):
+    train(small, tmp_path, "seed=2", "~stages.realtime")
+    name = "model/head.weight"
+    assert not torch.equal(final(tmp_path, "align").tensors[name], final(whole, "align").tensors[name])
+
+
+def test_a_dry_run_writes_nothing(small, tmp_path, capsys):
+    assert train(small, tmp_path / "out", "dry_run=true") == 0
+    assert not (tmp_path / "out").exists()
+    shown = capsys.readouterr().out
+    assert "align: 3 steps × 4 streams" in shown and "realtime: 6 steps" in shown
+
+
+def test_a_trained_model_comes_back(whole):
+    model, tokenizer, run = load_model(whole)
+    assert stage_of(whole) == "realtime" and run.model.text.vocabulary_size == tokenizer.vocabulary_size
+    assert torch.equal(model.head.weight, final(whole).tensors["model/head.weight"])
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "expected"),
+    [
+        (["stages.realtime.optim.lr=1e-5"], CheckpointError, "stages.realtime.optim.lr was 0.002"),
+        (["stages.realtime.steps=9"], CheckpointError, "steps were 6, are 9"),
+        (["model.text.mlp_size=48"], CheckpointError, "mlp_size was 32, is 48"),
+        (["resume=never"], ConfigError, "resume=never"),
+    ],
+)
+def test_a_run_does_not_go_on_as_another(small, whole, overrides, error, expected):
+    with pytest.raises(error, match=expected.replace(".", r"\.")):
+        train(small, whole, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "expected"),
+    [
+        (["stages.align.init=previous"], ConfigError, "stages.align.init=previous"),
+        (["stages.realtime.init=nowhere"], CheckpointError, "nowhere: no such checkpoint"),
+        (["stages.realtime.trainable=[vision]"], ConfigError, "stages.realtime: .*vision.* groups are"),
+        (["stages.realtime.trainable=everything"], ConfigError, "stages.realtime: .*no such preset"),
+        (["stages.realtime.optim.group_lr.towr=1"], ConfigError, "stages.realtime: .*group_lr.towr"),
+        (
+            ["stages.realtime.optim.group_lr.head=1", "stages.realtime.trainable=projector_only"],
+            ConfigError,
+            "does not train this group",
+        ),
+        (["stages.realtime.epochs=1"], ConfigError, "raise epochs to 2.00"),
+        (["stages.realtime.data.sources.realtime.path=nowhere"], DataError, "stages.realtime: .*nowhere"),
+        (["model.text.vocabulary_size=99"], ConfigError, "model.text.vocabulary_size=99"),
+        (["model.text.extra_embedding_rows=0"], ConfigError, "model.text.extra_embedding_rows=0"),
+        (["layout.tp=2"], ConfigError, "layout.tp=2"),
+    ],
+)
+def test_hand_offs_are_checked_before_anything_is_trained(small, tmp_path, overrides, error, expected):
+    with pytest.raises(error, match=expected):
+        train(small, tmp_path / "out", *overrides)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_another_size_is_refused(small, whole, tmp_path):
+    start = f"stages.align.init={whole / 'realtime'}"
+    with pytest.raises(CheckpointError, match=r"stages\.align: (?s:.*)missing model/layers\.2"):
+        train(small, tmp_path / "out", start, "model.text.layers=3")
+    assert train(small, tmp_path / "out", start, "~stages.realtime") == 0
+
+
+def test_a_damaged_checkpoint_is_refused(small, whole, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole / "align", copy)
+    file = next(latest(copy / "checkpoints").glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=file.name):
+        train(small, tmp_path / "out", f"stages.align.init={copy}")
+
+
+def test_another_tokenizer_is_refused(small, whole, tmp_path):
+    special = load_tokenizer(TokenizerConfig()).special
+    swapped = [f"tokenizer.special_ids.silence={special.ellipsis}", f"tokenizer.special_ids.ellipsis={special.silence}"]
+    with pytest.raises(CheckpointError, match="another tokenizer"):
+        train(small, tmp_path / "out", f"stages.align.init={whole / 'realtime'}", *swapped)
