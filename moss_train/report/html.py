@@ -132,11 +132,11 @@ def _table(report: Report, requirements: Requirements) -> str:
 
 def _legend() -> str:
     def chip(fill: str, border: str = "none", style: str = "solid") -> str:
-        edge = "" if border == "none" else f"border:2px {style} {border};box-sizing:border-box;"
+        edge = "" if border == "none" else f"border:1.5px {style} {border};box-sizing:border-box;"
         return f'<span class="chip" style="background:{fill};{edge}"></span>'
 
     items = [
-        chip(SLOT_COLOURS["silence"][0]) + "silent",
+        chip(SLOT_COLOURS["silence"][0], SLOT_COLOURS["silence"][1]) + "silent",
         chip(SLOT_COLOURS["speak"][0]) + "speaks",
         chip(SLOT_COLOURS["revise"][0]) + "revises its answer",
         chip("#f3eefc", USER) + "the user speaks",

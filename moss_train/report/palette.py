@@ -9,7 +9,7 @@ USER = "#6c3fc4"
 
 #: fill and text of a slot, by what stands in it
 SLOT_COLOURS: dict[str, tuple[str, str]] = {
-    "silence": ("#eef1f4", "#a3adb8"),
+    "silence": ("#eef1f4", "#8a95a1"),
     "speak": ("#2f6fde", "#ffffff"),
     "revise": ("#f08a24", "#1c2530"),
     "unknown": ("#ffffff", "#a3adb8"),

@@ -21,8 +21,8 @@ FIGURES: dict[str, str] = {
     "silence_f1": "silence F1",
     "balanced_accuracy": "balanced accuracy",
     "answer_accuracy": "answer accuracy",
-    "answer_accuracy_evidence_after": "… evidence after question",
-    "answer_accuracy_evidence_before": "… evidence before question",
+    "answer_accuracy_evidence_after": "… evidence after",
+    "answer_accuracy_evidence_before": "… evidence before",
     "revision_accuracy": "revision accuracy",
     "revision_delay_frames": "revision delay, frames",
     "false_revision_rate": "false revisions",
@@ -31,7 +31,7 @@ FIGURES: dict[str, str] = {
 COUNTS: dict[str, str] = {
     "n_streams": "streams",
     "n_questions": "questions",
-    "n_answers": "… evidence after question",
+    "n_answers": "… evidence after",
     "n_revisions": "revisions",
     "n_confirmations": "confirmations",
 }

@@ -184,7 +184,7 @@ def draw_timeline(transcript: StreamTranscript, frames_FCHW: np.ndarray, judge: 
     columns = _columns(transcript)
     lines = [columns[start : start + _COLUMNS] for start in range(0, len(columns), _COLUMNS)]
     height = _TIME + _COLUMN + 2 * (_SLOT + _GAP) + _GAP
-    width = _LABEL + min(len(columns), _COLUMNS) * (_COLUMN + _GAP)
+    width = _LABEL + _COLUMNS * (_COLUMN + _GAP)  # the same for all clips, so that a page shows all at one scale
     between = 0.25
     total = len(lines) * height + (len(lines) - 1) * between
     with plt.rc_context({"font.family": "DejaVu Sans", "font.size": _FONT}):

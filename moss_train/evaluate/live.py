@@ -1,0 +1,315 @@
+"""`moss-train stream`: a clip plays, the model watches and says what it has to say, when it has to say it.
+
+Shape suffixes: F frames, C colour channels, H, W pixels.
+"""
+
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from omegaconf import MISSING
+from rich.console import Console
+from rich.text import Text
+
+from moss_train.data.decode import decode_frames
+from moss_train.data.index import load_index
+from moss_train.data.media_probe import probe_media
+from moss_train.errors import ConfigError, MossTrainError
+from moss_train.evaluate.config import DecodeConfig
+from moss_train.evaluate.decoder import SlotOutput, StreamingDecoder, most_tokens
+from moss_train.evaluate.schedule import Schedule, Step, schedule_of
+from moss_train.streams.config import CompilerConfig
+from moss_train.streams.media import stream_frame_times
+from moss_train.streams.schema import StreamSample, parse_sample
+from moss_train.streams.timeline import build_timeline
+from moss_train.streams.tokenizer import StreamTokenizer
+
+_QUESTION_STARTS = re.compile(r"(?:^|;)\s*(\d+(?:\.\d+)?)\s*:")
+
+
+@dataclass
+class StreamOptions:
+    """What is played to which model."""
+
+    ckpt: str = MISSING
+    """Checkpoint folder, or a stage's or run's folder, whose newest checkpoint is taken."""
+    video: str = MISSING
+    """The clip's file."""
+    question: str | None = None
+    """Asked at `ask_at_s`."""
+    ask_at_s: float = 0.0
+    """When `question` is asked, in seconds of the clip."""
+    questions: str | None = None
+    """Several questions with their times in seconds: `4:What colour is it?;9:Where is it?`"""
+    system: str | None = None
+    """System prompt; null takes the one of the streams the run is evaluated on, empty means none."""
+    fps: float | None = None
+    """Frames a second that the model sees; null takes those of its training."""
+    speed: float = 1.0
+    """Seconds of the clip per second; 0 plays as fast as the model can."""
+    max_seconds: float = 300.0
+    """The clip is cut after this many seconds."""
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    """How replies are read from predictions."""
+
+    def validate(self) -> None:
+        self.decode.validate()
+        for name, holds, remedy in (
+            ("speed", self.speed >= 0, "must not be negative; 0 is as fast as possible"),
+            ("fps", self.fps is None or self.fps > 0, "must be above 0, or null"),
+            ("max_seconds", self.max_seconds > 0, "must be above 0"),
+            ("ask_at_s", self.ask_at_s >= 0, "must not be negative"),
+        ):
+            if not holds:
+                raise ConfigError(f"{name}={getattr(self, name)}: {remedy}")
+        self.asked()
+
+    def asked(self) -> list[tuple[float, str]]:
+        """All questions with their times, in order."""
+        found = [] if self.question is None else [(self.ask_at_s, self.question)]
+        if self.questions is not None:
+            starts = list(_QUESTION_STARTS.finditer(self.questions))
+            if not starts or starts[0].start() != 0:
+                raise ConfigError(
+                    f"questions={self.questions!r}: write times and questions as 4:What colour is it?;9:Where is it?"
+                )
+            for start, following in zip(starts, [*starts[1:], None], strict=True):
+                text = self.questions[start.end() : following.start() if following else None].strip()
+                found.append((float(start[1]), text))
+        return sorted(found, key=lambda item: item[0])
+
+
+def stream_command(options: StreamOptions) -> int:
+    """Play a clip in real time and print what the model says; silence is a dot per frame.
+
+    Example: moss-train stream ckpt=outputs/quickstart video=clip.mp4 questions="2:What colour is it?"
+    """
+    # a command stands at the door of the program: it may reach for what lies to the right of this room
+    from moss_train.train.restore import load_model, stage_of
+
+    video = Path(options.video)
+    if not video.is_file():
+        raise ConfigError(f"video={options.video}: there is no such file")
+    model, tokenizer, run = load_model(options.ckpt)
+    compiler = run.stages[stage_of(options.ckpt)].compiler
+    system = options.system if options.system is not None else system_of(run.evaluate.source)
+    data = video.read_bytes()
+    duration_s = min(probe_media(data, video.name).duration_s or math.inf, options.max_seconds)
+    if not math.isfinite(duration_s) or duration_s <= 0:
+        raise ConfigError(f"video={options.video}: it is a picture or has no length; give a video")
+    schedule, times_s = live_schedule(
+        video.name, options.asked(), system, options.fps or compiler.fps, duration_s, compiler, tokenizer
+    )
+    frames_FCHW = decode_frames(data, times_s, run.model.vision.image_size, key=video.name).frames
+    console = Console(highlight=False)
+    console.print(
+        Text(
+            f"{video.name}: {duration_s:.1f} s, {len(times_s)} frames. A dot is a frame about which it is silent.",
+            "dim",
+        )
+    )
+    printer = LivePrinter(console, tokenizer)
+    result = play(model, tokenizer, compiler, schedule, frames_FCHW, options.speed, options.decode, printer)
+    console.print(Text(result.summary(), "dim"))
+    return 0
+
+
+def system_of(source: str | None) -> str | None:
+    """The system prompt of the first stream of a packed source; None when there is neither."""
+    if source is None or not Path(source).is_dir():
+        return None
+    from moss_train.data.corpus import Corpus, load_source
+
+    try:
+        keys = [sample.key for sample in load_index(source).samples if sample.kind == "stream"]
+        corpus: Corpus = load_source(source)
+        sample = corpus.sample(keys[0]) if keys else None
+    except MossTrainError:
+        return None  # only a default is sought; whoever evaluates on the source learns what is wrong with it
+    return sample.system if isinstance(sample, StreamSample) else None
+
+
+def live_schedule(
+    name: str,
+    questions: Sequence[tuple[float, str]],
+    system: str | None,
+    fps: float,
+    duration_s: float,
+    compiler: CompilerConfig,
+    tokenizer: StreamTokenizer,
+) -> tuple[Schedule, list[float]]:
+    """The events of a clip with questions on the way, as training would have met them, and the frames' times."""
+    late = [text for time_s, text in questions if time_s >= duration_s]
+    if late:
+        raise ConfigError(f"the clip ends after {duration_s:.1f} s, before this question is asked: {late[0]}")
+    events = [
+        {"id": f"q{number}", "t": time_s, "role": "user", "text": text}
+        for number, (time_s, text) in enumerate(questions, 1)
+    ]
+    sample = parse_sample(
+        {
+            "schema": "moss_train/stream@1",
+            "id": name,
+            "media": [{"id": "v", "kind": "video", "member": "mp4"}],
+            "sampling": {"fps": fps, "start_s": 0.0, "end_s": duration_s},
+            "system": system,
+            "events": events,
+        },
+        name,
+    )
+    assert isinstance(sample, StreamSample)
+    times_s = stream_frame_times(fps, 0.0, duration_s)
+    return schedule_of(sample, build_timeline(sample, times_s, compiler, tokenizer)), times_s
+
+
+class Audience(Protocol):
+    """Who watches a live stream."""
+
+    def user(self, step: Step) -> None: ...
+
+    def token(self, step: Step, token: int) -> None: ...
+
+    def slot(self, step: Step, output: SlotOutput) -> None: ...
+
+    def over(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class LiveResult:
+    """What was said, and how long it took. Seconds."""
+
+    outputs: list[SlotOutput]
+    latencies_s: list[float]  #: per frame: from when it is handed over until its slot is closed
+    lags_s: list[float]  #: per frame: how late it was handed over, because the model was still busy
+    clip_s: float
+
+    def summary(self) -> str:
+        ordered = sorted(self.latencies_s)
+        if not ordered:
+            return "no frame was shown"
+        worst = ordered[min(len(ordered) - 1, math.ceil(0.95 * len(ordered)) - 1)]
+        mean = math.fsum(ordered) / len(ordered)
+        tokens = sum(len(output.ids) for output in self.outputs)
+        busy = math.fsum(ordered) / self.clip_s if self.clip_s else 0.0
+        text = (
+            f"{len(ordered)} frames, {tokens} tokens said; per frame {1e3 * mean:.0f} ms on average, "
+            f"{1e3 * worst:.0f} ms at the 95th percentile, {1e3 * ordered[-1]:.0f} ms at most; "
+            f"busy {busy:.0%} of the clip's time"
+        )
+        lag = max(self.lags_s, default=0.0)
+        return text + (f"; fell behind by up to {lag:.2f} s" if lag > 0.05 else "")
+
+
+def play(
+    model: Any,
+    tokenizer: StreamTokenizer,
+    compiler: CompilerConfig,
+    schedule: Schedule,
+    frames_FCHW: torch.Tensor,
+    speed: float,
+    decode: DecodeConfig,
+    audience: Audience,
+    now: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> LiveResult:
+    """Hand the events to the model when their time has come; `speed` 0 does not wait.
+
+    Raises ValueError when the number of frames is not that of the schedule.
+    """
+    if len(frames_FCHW) != schedule.frames:
+        raise ValueError(f"{len(frames_FCHW)} frames for a schedule of {schedule.frames}")
+    decoder = StreamingDecoder(
+        model,
+        tokenizer,
+        compiler,
+        [schedule.system],
+        most_tokens(schedule, tokenizer, compiler, decode),
+        max(1, schedule.frames),
+        decode,
+    )
+    outputs, latencies_s, lags_s = [], [], []
+    frame = 0
+    began = now()
+    for step in schedule.steps:
+        due = began + step.time_s / speed if speed else now()
+        wait = due - now()
+        if wait > 0:
+            sleep(wait)
+        started = now()
+        if step.user is not None:
+            audience.user(step)
+            pictures = {}
+        else:
+            pictures = {0: frames_FCHW[frame]}
+            frame += 1
+        (output,) = decoder.step({0: step}, pictures, lambda _, token, step=step: audience.token(step, token)).values()
+        if step.user is None:
+            latencies_s.append(now() - started)
+            lags_s.append(max(0.0, started - due))
+        audience.slot(step, output)
+        outputs.append(output)
+    audience.over()
+    return LiveResult(outputs, latencies_s, lags_s, schedule.steps[-1].time_s)
+
+
+class LivePrinter:
+    """Prints a live stream: dots for silence, the user's words, the model's words as they come."""
+
+    def __init__(self, console: Console, tokenizer: StreamTokenizer):
+        self._console = console
+        self._tokenizer = tokenizer
+        self._line = ""  #: what the open line holds: "", "dots", "user" or "reply"
+        self._said: list[int] = []
+        self._shown = ""
+
+    def user(self, step: Step) -> None:
+        if step.user:
+            self._open("user", step, "user", "bold magenta")
+            self._write(_printable(step.user), "magenta")
+            self._close()
+
+    def token(self, step: Step, token: int) -> None:
+        if self._line != "reply":
+            self._open("reply", step, "model", "bold green")
+            self._said, self._shown = [], ""
+        self._said.append(token)
+        text = self._tokenizer.decode(self._said)
+        # a letter may take several tokens; until it is whole, its bytes decode to a replacement mark
+        if not text.endswith("\ufffd"):
+            self._write(_printable(text[len(self._shown) :]), "green")
+            self._shown = text
+
+    def slot(self, step: Step, output: SlotOutput) -> None:
+        if output.ends:
+            self._close()
+        elif output.state == "silence" and step.user is None:
+            if self._line != "dots":
+                self._open("dots", step, "", "")
+            self._write("·", "dim")
+
+    def over(self) -> None:
+        self._close()
+
+    def _open(self, line: str, step: Step, who: str, style: str) -> None:
+        self._close()
+        self._line = line
+        self._write(f"{step.time_s:7.1f} s  ", "dim")
+        self._write(f"{who:<6}" if who else "", style)
+
+    def _close(self) -> None:
+        if self._line:
+            self._console.print()
+        self._line = ""
+
+    def _write(self, text: str, style: str) -> None:
+        self._console.print(Text(text, style), end="", soft_wrap=True)
+
+
+def _printable(text: str) -> str:
+    """Without control characters, which a model may well produce and a terminal would obey."""
+    return "".join(letter if letter.isprintable() else " " if letter.isspace() else "▯" for letter in text)
