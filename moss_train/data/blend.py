@@ -9,7 +9,7 @@ import numpy as np
 
 from moss_train.data.config import DataConfig
 from moss_train.data.index import SourceIndex
-from moss_train.data.order import cut_batch, permutation, steps_in, uniform, windowed_shuffle
+from moss_train.data.order import ORDER_VERSION, cut_batch, permutation, steps_in, uniform, windowed_shuffle
 from moss_train.errors import DataError
 
 
@@ -46,6 +46,7 @@ class Blend:
             raise DataError("the blend holds no sample: raise the weights of data.sources")
         #: everything the sequence of global batches and their rows depends on
         self.order_settings = {
+            "version": ORDER_VERSION,
             "seed": seed,
             "sources": [[source.name, source.weight, source.fingerprint] for source in sources],
             "global_batch_size": data.global_batch_size,

@@ -4,8 +4,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.progress import track
-
 from moss_train.data.corpus import Corpus
 from moss_train.data.decode import DecodedArrays
 from moss_train.data.decode_job import run_job
@@ -19,6 +17,7 @@ from moss_train.data.index import (
     shard_files,
 )
 from moss_train.data.media_probe import MediaProbe
+from moss_train.data.progress import progress_bar
 from moss_train.errors import ConfigError, DataError, SampleError
 from moss_train.streams.compiled import FrameRequest
 from moss_train.streams.config import CompilerConfig, TokenizerConfig
@@ -94,7 +93,7 @@ def check_source(options: CheckOptions, progress: bool = False) -> CheckResult:
     corpus = Corpus(folder.name, index, load_tokenizer(options.tokenizer), options.compiler, 64, "auto", 40_000_000)
     result.figures["shards"] = len(index.shards)
     result.figures["samples"] = len(index.samples)
-    for entry in track(index.samples, "checking", disable=not progress):
+    for entry in progress_bar(index.samples, "checking", progress):
         result.figures[f"  {entry.kind}"] += 1
         _check_sample(corpus, entry, options.decode, result)
     return result

@@ -82,9 +82,9 @@ class DecodePool:
                     self._processes[number] = _DecoderProcess()
                 future.set_result(self._processes[number].decode(job, self._timeout_s))
             except BaseException as error:  # whatever it is belongs to whoever waits for the pictures
+                if number in self._processes and not self._processes[number].usable:
+                    self._processes.pop(number).kill()
                 future.set_exception(error)
-            if number in self._processes and not self._processes[number].usable:
-                self._processes.pop(number).kill()
         if number in self._processes:
             self._processes.pop(number).kill()
 

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
-
 from moss_train.data.decode_job import read_range
 from moss_train.data.media_probe import MediaProbe, probe_media
+from moss_train.data.progress import progress_bar
 from moss_train.errors import DataError, SampleError
 from moss_train.streams.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from moss_train.streams.schema import SAMPLE_TYPES
@@ -101,7 +100,7 @@ def build_index(folder: Path, progress: bool = False) -> SourceIndex:
     shards: list[ShardFacts] = []
     samples: list[IndexedSample] = []
     seen: dict[str, str] = {}
-    for number, path in enumerate(track(paths, f"indexing {folder.name}", disable=not progress)):
+    for number, path in enumerate(progress_bar(paths, f"indexing {folder.name}", progress)):
         before = path.stat()
         for key, members in scan_shard(path):
             if key in seen:

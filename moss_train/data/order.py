@@ -10,6 +10,9 @@ import json
 
 import numpy as np
 
+#: raised when the same settings begin to give another order; part of the fingerprint
+ORDER_VERSION = 1
+
 
 def seed_of(*words: object) -> int:
     """A 64-bit seed from numbers and strings."""

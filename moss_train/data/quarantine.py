@@ -23,6 +23,8 @@ class Fault:
 class Quarantine:
     """Counts bad samples, writes each once to the ledger (one JSON line), and stops the run beyond the budget.
 
+    Samples that do not compile are known to every rank, clips that do not decode only to the rank that tried.
+
     The budget is `max_bad_fraction` of the blend's distinct samples: a fixed number, so that one bad sample in the
     first batch stops nothing and a source that fails throughout stops the run early.
     """

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import webdataset
-from rich.progress import track
 
-from moss_train.data.index import build_index, write_index
+from moss_train.data.index import INDEX_NAME, build_index, write_index
+from moss_train.data.progress import progress_bar
 from moss_train.errors import ConfigError, DataError, SampleError
 from moss_train.streams.schema import parse_sample
 
@@ -59,8 +59,7 @@ def pack(
     Raises DataError when `out` exists or no sample is left.
     """
     keys = _staged_keys(source)
-    if out.exists() and not overwrite:
-        raise DataError(f"{out} exists: choose another out=… or give overwrite=true")
+    _check_target(out, overwrite)
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     out.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
@@ -73,7 +72,7 @@ def pack(
         with webdataset.ShardWriter(
             pattern, maxcount=10**9, maxsize=shard_mb * 1_000_000, verbose=0, encoder=False, mtime=0
         ) as writer:
-            for key, members in track(sorted(keys.items()), f"packing {source.name}", disable=not progress):
+            for key, members in progress_bar(sorted(keys.items()), f"packing {source.name}", progress):
                 try:
                     writer.write({"__key__": key} | _read_members(key, members))
                     packed += 1
@@ -89,6 +88,16 @@ def pack(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return packed, rejected
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    """Raise DataError unless `out` is free, or a packed source that may be replaced."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / INDEX_NAME).is_file():
+        raise DataError(f"{out} holds something that `data pack` did not write: choose another out=…")
+    if not overwrite:
+        raise DataError(f"{out} exists: choose another out=… or give overwrite=true")
 
 
 def _staged_keys(source: Path) -> dict[str, dict[str, Path]]:

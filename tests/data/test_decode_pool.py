@@ -1,0 +1,131 @@
+"""Decoder processes: results as in-process, deadlines, crashes, clean ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_samples import numbered_clip, read_numbers
+
+from moss_train.data.decode_job import DecodeJob, run_job
+from moss_train.data.decode_pool import DecodeFailure, DecodePool
+from moss_train.errors import DataError, SampleError
+
+
+def job_of(path: Path, data: bytes, key: str = "k", times_s: tuple[float, ...] = (0.0, 0.5)) -> DecodeJob:
+    path.write_bytes(b"before" + data + b"after")
+    return DecodeJob(key, str(path), 6, len(data), times_s, 64, "auto", None, 10**7)
+
+
+def test_the_pool_gives_what_the_process_itself_would(tmp_path: Path):
+    jobs = [job_of(tmp_path / f"{n}", numbered_clip(6, 4, first=n), f"k{n}") for n in range(6)]
+    pool = DecodePool(2, 60)
+    try:
+        for number, future in enumerate([pool.submit(job) for job in jobs]):
+            decoded, here = future.result(60), run_job(jobs[number])
+            assert read_numbers(decoded.frames, 32) == [number, number + 2]
+            assert np.array_equal(decoded.frames, here.frames) and decoded.backend == here.backend == "decord"
+            assert np.array_equal(decoded.times_s, here.times_s)
+            assert decoded.frames.flags.writeable
+    finally:
+        pool.close()
+
+
+def test_failures_come_back_with_key_reason_and_exception(tmp_path: Path):
+    pool = DecodePool(1, 60)
+    try:
+        bad = pool.submit(job_of(tmp_path / "a", b"\0\0\0 ftypisom" + bytes(500), "bad"))
+        gone = pool.submit(DecodeJob("gone", str(tmp_path / "none"), 0, 9, (0.0,), 64, "auto", None, 10**7))
+        short = pool.submit(DecodeJob("short", str(tmp_path / "a"), 0, 10**6, (0.0,), 64, "auto", None, 10**7))
+        good = pool.submit(job_of(tmp_path / "b", numbered_clip(3, 4), "good"))
+        with pytest.raises(DecodeFailure) as caught:
+            bad.result(60)
+        assert caught.value.key == "bad" and "Error" in caught.value.exception
+        for future, text in ((gone, "cannot read"), (short, "cut short")):
+            with pytest.raises(DataError, match=text):
+                future.result(60)
+        assert len(good.result(60).frames) == 2
+    finally:
+        pool.close()
+
+
+def test_a_process_that_hangs_is_killed_at_the_deadline_and_replaced(tmp_path: Path):
+    pool = DecodePool(1, 60)
+    try:
+        pool.submit(job_of(tmp_path / "a", numbered_clip(3, 4))).result(60)
+        process = pool._processes[0]._process
+        process.send_signal(signal.SIGSTOP)
+        pool._timeout_s = 0.5
+        began = time.monotonic()
+        with pytest.raises(SampleError, match="longer than data.decode_timeout_s=0.5"):
+            pool.submit(job_of(tmp_path / "b", numbered_clip(3, 4))).result(60)
+        assert time.monotonic() - began < 20 and process.poll() is not None
+        pool._timeout_s = 60
+        assert len(pool.submit(job_of(tmp_path / "c", numbered_clip(3, 4))).result(60).frames) == 2
+    finally:
+        pool.close()
+
+
+def test_a_process_that_crashes_costs_one_sample(tmp_path: Path):
+    pool = DecodePool(1, 60)
+    try:
+        pool.submit(job_of(tmp_path / "a", numbered_clip(3, 4))).result(60)
+        process = pool._processes[0]._process
+        process.send_signal(signal.SIGSTOP)
+        future = pool.submit(job_of(tmp_path / "b", numbered_clip(3, 4), "crash"))
+        process.kill()
+        with pytest.raises(SampleError, match="'crash': the decoder process died over it .exit code -9"):
+            future.result(60)
+        assert len(pool.submit(job_of(tmp_path / "c", numbered_clip(3, 4))).result(60).frames) == 2
+    finally:
+        pool.close()
+
+
+def test_closing_cancels_what_waits(tmp_path: Path):
+    pool = DecodePool(1, 60)
+    futures = [pool.submit(job_of(tmp_path / f"{n}", numbered_clip(3, 4))) for n in range(20)]
+    pool.close()
+    assert all(future.done() for future in futures)
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.submit(job_of(tmp_path / "x", b""))
+
+
+def test_decoder_processes_do_not_outlive_their_owner(tmp_path: Path):
+    """The owner is killed without a chance to clean up; its decoder processes end by themselves."""
+    job_of(tmp_path / "a", clip := numbered_clip(3, 4))
+    owner = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import time\nfrom moss_train.data.decode_job import DecodeJob\n"
+            "from moss_train.data.decode_pool import DecodePool\npool = DecodePool(1, 60)\n"
+            f"job = DecodeJob('k', {str(tmp_path / 'a')!r}, 6, {len(clip)}, (0.0,), 64, 'auto', None, 10**7)\n"
+            "pool.submit(job).result()\n"
+            "print(pool._processes[0]._process.pid, flush=True)\ntime.sleep(600)",
+        ],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+    worker = int(owner.stdout.readline())
+    owner.kill()
+    owner.wait()
+    for _ in range(200):
+        try:
+            state = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return
+        if state == "Z":
+            return  # ended; whoever adopted it has not read its exit code yet
+        time.sleep(0.05)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the decoder process lives on")
+
+
+def test_the_decoder_process_starts_without_torch():
+    code = "import sys, moss_train.data.decode_worker as w; print('torch' in sys.modules)"
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout == "False\n"

@@ -1,0 +1,341 @@
+"""The loader: the same global batches on any number of ranks and workers, exact resume, bad samples masked."""
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_samples import (
+    broken_from,
+    caption_json,
+    numbered_clip,
+    packed_streams,
+    read_numbers,
+    split_pack,
+    stage,
+    stage_streams,
+    still,
+    stream_json,
+)
+
+from moss_train.data.config import DataConfig, SourceConfig
+from moss_train.data.loader import GlobalStep, Loader, build_loader
+from moss_train.errors import ConfigError, DataError
+from moss_train.streams.config import CompilerConfig, TokenizerConfig
+from moss_train.streams.tokenizer import load_tokenizer
+
+TOKENIZER = load_tokenizer(TokenizerConfig())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """22 streams in shards of 4."""
+    return packed_streams(tmp_path_factory.mktemp("loader"), 22, shard_samples=4)
+
+
+def loader_of(
+    path: Path,
+    rank: int = 0,
+    ranks: int = 1,
+    quarantine: Path | None = None,
+    compiler: CompilerConfig | None = None,
+    seed: int = 3,
+    **data: object,
+) -> Loader:
+    settings = {"global_batch_size": 6, "micro_batch_rows": 2, "pack_text_tokens": 200, "pack_frames": 20}
+    config = DataConfig(sources={"main": SourceConfig(path=str(path))}, **(settings | {"workers": 0} | data))
+    return build_loader(config, compiler or CompilerConfig(), TOKENIZER, 64, seed, rank, ranks, quarantine)
+
+
+def content(step: GlobalStep) -> dict[str, str]:
+    """key → digest of what is delivered of it: tokens, labels and pixels, whatever the row it lies in."""
+    found = {}
+    for batch in step.microbatches:
+        for row, keys in enumerate(batch.keys):
+            first = 0
+            for segment, key in enumerate(keys):
+                here = batch.segments_RT[row] == segment
+                count = len({int(f) for f in batch.visible_hi_RT[row][here]} - {first})
+                own = (
+                    (batch.frame_rows_N == row) & (batch.frame_slots_N >= first) & (batch.frame_slots_N < first + count)
+                )
+                parts = [batch.ids_RT[row][here], batch.labels_RT[row][here], batch.frames_NCHW[own]]
+                found[key] = hashlib.sha256(b"".join(p.numpy().tobytes() for p in parts)).hexdigest()
+                first += count
+    return found
+
+
+def steps_of(loader: Loader, count: int) -> list[GlobalStep]:
+    with loader:
+        return [next(loader) for _ in range(count)]
+
+
+def test_epochs_hold_every_sample_with_its_own_pictures(folder: Path):
+    with loader_of(folder, pack=False) as loader:
+        assert loader.steps_per_epoch() == 4
+        for epoch in range(2):
+            seen = Counter()
+            for number in range(4):
+                step = next(loader)
+                assert (step.epoch, step.step, step.masked) == (epoch, number, 0)
+                assert len(step.keys) == 6
+                rows = [keys for batch in step.microbatches for keys in batch.keys]
+                assert Counter(key for keys in rows for key in keys) == Counter(step.keys)
+                for batch in step.microbatches:
+                    for row, (key,) in enumerate(batch.keys):
+                        pictures = batch.frames_NCHW[batch.frame_rows_N == row].numpy()
+                        assert read_numbers(pictures, 32) == [int(key[1:]) + n for n in range(6)]
+                seen.update(step.keys)
+            assert len(seen) == 22 and sum(seen.values()) == 24
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_ranks_and_workers_share_the_same_global_batches(folder: Path, pack: bool):
+    alone = steps_of(loader_of(folder, pack=pack), 6)
+    for ranks, workers in ((2, 0), (3, 0), (2, 2)):
+        parts = [steps_of(loader_of(folder, rank, ranks, workers=workers, pack=pack), 6) for rank in range(ranks)]
+        for number, whole in enumerate(alone):
+            steps = [part[number] for part in parts]
+            assert all(step.keys == whole.keys for step in steps)
+            assert len({len(step.microbatches) for step in steps}) == 1
+            merged: dict[str, str] = {}
+            for step in steps:
+                assert not merged.keys() & content(step).keys()
+                merged |= content(step)
+            assert merged == content(whole)
+
+
+def test_ranks_without_rows_get_padding(folder: Path):
+    """More ranks than rows: the idle rank still runs its microbatch, made of padding."""
+    steps = [steps_of(loader_of(folder, rank, 4, global_batch_size=2, pack=True), 1)[0] for rank in range(4)]
+    assert {len(step.microbatches) for step in steps} == {1}
+    assert sum(len(content(step)) for step in steps) == 2
+    idle = [step.microbatches[0] for step in steps if not content(step)]
+    assert len(idle) >= 2
+    for batch in idle:
+        assert (batch.segments_RT == -1).all() and (batch.labels_RT == -100).all() and len(batch.frames_NCHW) == 0
+
+
+def test_resume_at_every_step_with_other_ranks_and_workers(folder: Path):
+    total = 9  # two epochs of four steps, and one more
+    whole = steps_of(loader_of(folder), total)
+    with loader_of(folder, workers=1) as loader:
+        states = [loader.state_dict()]
+        for _ in range(total - 1):
+            next(loader)
+            states.append(json.loads(json.dumps(loader.state_dict())))
+    for start, state in enumerate(states):
+        ranks = 1 + start % 3
+        for rank in range(ranks):
+            with loader_of(folder, rank, ranks, workers=start % 2, prefetch=start % 4) as loader:
+                next(loader)  # whatever was planned before is forgotten
+                loader.load_state_dict(state)
+                assert loader.state_dict() == state
+                for number in range(start, min(start + 2, total)):
+                    step = next(loader)
+                    assert (step.epoch, step.step, step.keys) == (whole[number].epoch, number % 4, whole[number].keys)
+                    assert content(step).items() <= content(whole[number]).items()
+
+
+def test_jitter_is_drawn_anew_every_epoch_and_is_the_same_after_a_resume(folder: Path, tmp_path: Path):
+    stage(tmp_path / "staging", "long", stream_json("long", 12, text="red green blue " * 8), mp4=numbered_clip(12))
+    split_pack(tmp_path / "staging", tmp_path / "one", 9)
+    settings = {"global_batch_size": 1, "compiler": CompilerConfig(jitter_probability=0.5, tokens_per_second=10)}
+    epochs = [content(step)["long"] for step in steps_of(loader_of(tmp_path / "one", **settings), 6)]
+    assert len(set(epochs)) > 2
+    assert epochs == [content(step)["long"] for step in steps_of(loader_of(tmp_path / "one", workers=1, **settings), 6)]
+    with loader_of(tmp_path / "one", **settings) as loader:
+        loader.load_state_dict(loader.state_dict() | {"epoch": 4})
+        assert content(next(loader))["long"] == epochs[4]
+
+
+def test_another_order_refuses_the_state_and_says_what_changed(folder: Path):
+    with loader_of(folder) as loader:
+        state = loader.state_dict()
+    with (
+        loader_of(folder, global_batch_size=5) as other,
+        pytest.raises(DataError, match="global_batch_size was 6, is 5"),
+    ):
+        other.load_state_dict(state)
+    with loader_of(folder, seed=4) as other, pytest.raises(DataError, match="seed was 3, is 4"):
+        other.load_state_dict(state)
+    with loader_of(folder) as same, pytest.raises(DataError, match="step 99"):
+        same.load_state_dict(state | {"step": 99})
+
+
+def test_each_clip_is_decoded_once_while_the_cache_has_room(folder: Path):
+    with loader_of(folder, workers=1) as loader:
+        for _ in range(12):
+            next(loader)
+        # Prefetched steps are asked for already.
+        assert loader.counters()["clips_decoded"] == 22
+        assert loader.counters()["clips_cached"] >= 40
+    with loader_of(folder, frame_cache_mb=0) as loader:
+        for _ in range(12):
+            next(loader)
+        assert loader.counters()["clips_decoded"] == 72 and loader.counters()["clips_cached"] == 0
+
+
+def test_a_small_cache_stays_within_its_bound(folder: Path):
+    # A clip's tiles take 6 * 3 * 64 * 64 = 73,728 bytes, so 14 clips fit in a MiB.
+    with loader_of(folder, frame_cache_mb=1, global_batch_size=22) as loader:
+        for _ in range(4):
+            next(loader)
+            assert loader._store._bytes <= 1 << 20 and len(loader._store._cache) == 14
+            assert loader._store._bytes == sum(t.nbytes for t in loader._store._cache.values())
+
+
+def test_mixed_sources_stills_and_text(tmp_path: Path):
+    stage_streams(tmp_path / "video", 3)
+    for number in range(4):
+        stage(tmp_path / "still", f"p{number}", caption_json(f"p{number}"), png=still(number))
+        stage(tmp_path / "text", f"t{number}", caption_json(f"t{number}", None))
+    two = caption_json("two", "0.png", "<|image|> and <|video|>")
+    two["media"].append({"id": "m1", "kind": "video", "member": "1.mp4"})
+    stage(tmp_path / "still", "two", two, _0_png=still(77), _1_mp4=numbered_clip(2, 4, first=90))
+    sources = {}
+    for name in ("video", "still", "text"):
+        split_pack(tmp_path / name, tmp_path / f"{name}-packed", 3)
+        sources[name] = SourceConfig(path=str(tmp_path / f"{name}-packed"), weight=2.0 if name == "text" else 1.0)
+    data = DataConfig(sources=sources, global_batch_size=4, micro_batch_rows=1, workers=1, pack=False)
+    with build_loader(data, CompilerConfig(fps=4.0), TOKENIZER, 64, 0) as loader:
+        figures = loader.summary()["sources"]
+        assert {name: entry["epoch_samples"] for name, entry in figures.items()} == {"video": 3, "still": 5, "text": 8}
+        assert loader.steps_per_epoch() == 4
+        for step in (next(loader) for _ in range(4)):
+            assert step.masked == 0
+            for batch in step.microbatches:
+                (key,), (source,) = batch.keys[0], batch.sources[0]
+                numbers = read_numbers(batch.frames_NCHW.numpy(), 32)
+                assert batch.frames_NCHW.shape[1:] == (3, 64, 64)
+                if source == "text":
+                    assert numbers == []
+                elif key == "two":
+                    assert numbers == [77, 90, 91]
+                elif source == "still":
+                    assert numbers == [int(key[1:])]
+                else:
+                    assert source == "video" and len(numbers) == 6
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """Ten good streams and four bad ones: broken JSON, absent medium, unreadable clip, clip that breaks off."""
+    staging, out = tmp_path / "staging", tmp_path / "damaged"
+    stage_streams(staging, 10)
+    stage(staging, "json", b'{"schema": "moss_train/stream@1"')
+    stage(staging, "absent", stream_json("absent"))
+    stage(staging, "noise", stream_json("noise"), mp4=numbered_clip(6, 4)[:64] + bytes(3000))
+    # The first picture decodes, so the index finds nothing wrong.
+    clip = broken_from(numbered_clip(12, 4, gop=2, options={"bf": "0"}), packet=5)
+    stage(staging, "breaks", stream_json("breaks"), mp4=clip)
+    split_pack(staging, out, 5)
+    return out
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_samples_are_masked_and_written_to_the_ledger(damaged: Path, tmp_path: Path, workers: int):
+    ledger = tmp_path / "run" / "quarantine.jsonl"
+    with loader_of(damaged, quarantine=ledger, workers=workers, max_bad_fraction=0.5, global_batch_size=7) as loader:
+        steps = [next(loader) for _ in range(4)]  # two epochs
+        assert loader.counters()["quarantined"] == 4 and loader.counters()["masked"] == 8
+    for epoch in (steps[:2], steps[2:]):
+        assert sum(step.masked for step in epoch) == 4
+        delivered = [key for step in epoch for key in content(step)]
+        assert sorted(delivered) == [f"s{number:03d}" for number in range(10)]
+        assert {key for step in epoch for key in step.keys} >= {"json", "absent", "noise", "breaks"}
+    entries = {entry["key"]: entry for entry in map(json.loads, ledger.read_text().splitlines())}
+    assert len(ledger.read_text().splitlines()) == 4 and set(entries) == {"json", "absent", "noise", "breaks"}
+    assert "not JSON" in entries["json"]["reason"] and entries["json"]["backend"] == "compiler"
+    assert "absent.mp4" in entries["absent"]["reason"]
+    assert "cannot be read" in entries["noise"]["reason"]
+    assert "does not decode" in entries["breaks"]["reason"] and entries["breaks"]["backend"] == "auto"
+    assert "Error" in entries["breaks"]["exception"]
+    for entry in entries.values():
+        assert entry["source"] == "main" and entry["shard"].startswith("shard-00000") and entry["epoch"] == 0
+
+
+def test_ranks_agree_on_rows_though_one_alone_meets_a_bad_clip(damaged: Path, tmp_path: Path):
+    ledger = tmp_path / "quarantine.jsonl"
+    loaders = [
+        loader_of(damaged, rank, 2, quarantine=ledger, max_bad_fraction=0.5, global_batch_size=7) for rank in range(2)
+    ]
+    alone = steps_of(loader_of(damaged, max_bad_fraction=0.5, global_batch_size=7), 4)
+    for whole in alone:
+        steps = [next(loader) for loader in loaders]
+        assert len({len(step.microbatches) for step in steps}) == 1
+        assert content(steps[0]) | content(steps[1]) == content(whole)
+    # What all ranks know is in the common ledger once; a clip that breaks off is, once a rank that met it.
+    keys = Counter(json.loads(line)["key"] for line in ledger.read_text().splitlines())
+    assert keys.pop("breaks") in (1, 2) and keys == {"absent": 1, "json": 1, "noise": 1}
+
+
+def test_too_many_bad_samples_stop_the_run(damaged: Path, tmp_path: Path):
+    ledger = tmp_path / "quarantine.jsonl"
+    with loader_of(damaged, quarantine=ledger, max_bad_fraction=0.2) as loader, pytest.raises(DataError) as caught:
+        for _ in range(3):
+            next(loader)
+    assert "3 of 14 samples are bad" in str(caught.value) and str(ledger) in str(caught.value)
+    with loader_of(damaged, max_bad_fraction=0.0) as loader, pytest.raises(DataError, match="1 of 14"):
+        for _ in range(3):
+            next(loader)
+
+
+def test_streams_over_budget_are_left_out_and_counted(tmp_path: Path):
+    stage_streams(tmp_path / "staging", 4)
+    stage(tmp_path / "staging", "long", stream_json("long", 12, text="red " * 300), mp4=numbered_clip(12))
+    split_pack(tmp_path / "staging", tmp_path / "out", 9)
+    with loader_of(tmp_path / "out", global_batch_size=5) as loader:
+        step = next(loader)
+        assert step.masked == 1 and "long" in step.keys and set(content(step)) == {f"s00{n}" for n in range(4)}
+        assert loader.counters()["over_budget"] == 1 and loader.counters()["quarantined"] == 0
+    with (
+        loader_of(tmp_path / "out", pack_text_tokens=5) as loader,
+        pytest.raises(DataError, match="pack_text_tokens=5"),
+    ):
+        next(loader)
+    with loader_of(tmp_path / "out", pack_frames=2) as loader, pytest.raises(DataError, match="pack_frames=2"):
+        next(loader)
+
+
+def test_packed_rows_keep_their_budgets(folder: Path):
+    for step in steps_of(loader_of(folder, pack_text_tokens=120, pack_frames=13, global_batch_size=11), 4):
+        for batch in step.microbatches:
+            assert batch.ids_RT.shape[1] <= 120 and int(batch.frame_counts_R.max()) <= 13
+            assert batch.rows <= 2
+
+
+def test_settings_that_cannot_work_are_refused(folder: Path, tmp_path: Path):
+    for wrong in ({"global_batch_size": 0}, {"decoder": "vlc"}, {"max_bad_fraction": 2.0}, {"workers": -1}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            loader_of(folder, **wrong)
+    with pytest.raises(ConfigError, match="sources is empty"):
+        build_loader(DataConfig(), CompilerConfig(), TOKENIZER, 64, 0)
+    with pytest.raises(ConfigError, match="data rank 2"):
+        loader_of(folder, 2, 2)
+    with pytest.raises(DataError, match="not a folder"):
+        loader_of(tmp_path / "nowhere")
+    twice = {name: SourceConfig(name="x", path=str(folder)) for name in ("a", "b")}
+    with pytest.raises(ConfigError, match="two sources of one name"):
+        build_loader(DataConfig(sources=twice), CompilerConfig(), TOKENIZER, 64, 0)
+
+
+def test_closing_ends_the_decoder_processes(folder: Path):
+    loader = loader_of(folder, workers=2)
+    next(loader)
+    processes = [process._process for process in loader._store.pool._processes.values()]
+    assert processes and all(process.poll() is None for process in processes)
+    loader.close()
+    loader.close()
+    assert all(process.poll() is not None for process in processes)
+    with pytest.raises(RuntimeError, match="closed"):
+        next(loader)
+
+
+def test_frames_are_uint8_and_normalised_elsewhere(folder: Path):
+    batch = steps_of(loader_of(folder), 1)[0].microbatches[0]
+    assert batch.frames_NCHW.dtype == torch.uint8 and int(batch.frames_NCHW.max()) > 200
+    assert np.isin(batch.kinds_RT.numpy(), range(7)).all()
