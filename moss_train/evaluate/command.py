@@ -78,6 +78,8 @@ def evaluate_command(options: EvaluateOptions) -> int:
             options.decode,
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+    for key, reason in result.skipped.items():
+        console.print(f"left out {key}: {reason}", style="yellow", markup=False)
     requirements = Requirements(name="eval", at_least={}, at_most={}, compared=(), compared_with=())
     report = build_report({"": result.figures, "teacher_forced.": result.teacher_forced}, {}, requirements)
     print_report(report, requirements, console)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from moss_train.data.collate import collate
-from moss_train.errors import DataError
+from moss_train.errors import DataError, SampleError
 from moss_train.evaluate.config import DecodeConfig, EvaluationConfig
 from moss_train.evaluate.decoder import SlotOutput, StreamingDecoder, most_tokens
 from moss_train.evaluate.judges import Judge
@@ -49,6 +49,7 @@ class EvaluationResult:
     teacher_forced: dict[str, float]
     transcripts: list[StreamTranscript]  #: free-running, in the order of the corpus
     teacher_forced_transcripts: list[StreamTranscript]
+    skipped: dict[str, str]  #: key → why the sample could not be evaluated; also counted in `n_skipped`
 
 
 @dataclass(frozen=True)
@@ -74,21 +75,23 @@ def evaluate_streams(
     """Run every stream of `corpus` through `model`; samples of other kinds are left out.
 
     The model is put into evaluation mode and back. Arrival jitter is off, whatever `compiler` says: every model is
-    asked the same. `on_progress(done, total)` is called after each batch.
-    Raises DataError when the corpus holds no stream, SampleError for a sample that does not compile.
+    asked the same. A sample that does not compile or decode is left out and listed in the result.
+    `on_progress(done, total)` is called after each batch.
+    Raises DataError when the corpus holds no stream that can be evaluated.
     """
     config, decode = config or EvaluationConfig(), decode or DecodeConfig()
     config.validate()
     decode.validate()
     compiler = replace(compiler, jitter_probability=0.0)
-    prepared = _prepare(corpus, tokenizer, compiler, config.limit)
+    skipped: dict[str, str] = {}
+    prepared = _prepare(corpus, tokenizer, compiler, config.limit, skipped)
     was_training = model.training
     model.eval()
     free: dict[str, StreamTranscript] = {}
     forced: dict[str, StreamTranscript] = {}
     seconds = {"free_running": 0.0, "teacher_forced": 0.0}
     try:
-        for streams in _batches(prepared, corpus, config.batch_streams):
+        for streams in _batches(prepared, corpus, config.batch_streams, skipped):
             started = time.perf_counter()
             for transcript in free_running(model, streams, tokenizer, compiler, decode):
                 free[transcript.key] = transcript
@@ -101,14 +104,22 @@ def evaluate_streams(
                 on_progress(len(free), len(prepared))
     finally:
         model.train(was_training)
-    order = [compiled.key for compiled, _, _ in prepared]
+    if not free:
+        key, reason = next(iter(skipped.items()))
+        raise DataError(f"not one stream can be evaluated; the first, {key!r}: {reason}")
+    order = [compiled.key for compiled, _, _ in prepared if compiled.key in free]
     transcripts, forced_transcripts = [free[key] for key in order], [forced[key] for key in order]
+
+    def figures(of: list[StreamTranscript], part: str) -> dict[str, float]:
+        more = {"n_skipped": len(skipped), "seconds": seconds[part]}
+        return streaming_figures(of, judge, config.window_frames) | more
+
     return EvaluationResult(
-        figures=streaming_figures(transcripts, judge, config.window_frames) | {"seconds": seconds["free_running"]},
-        teacher_forced=streaming_figures(forced_transcripts, judge, config.window_frames)
-        | {"seconds": seconds["teacher_forced"]},
+        figures=figures(transcripts, "free_running"),
+        teacher_forced=figures(forced_transcripts, "teacher_forced"),
         transcripts=transcripts,
         teacher_forced_transcripts=forced_transcripts,
+        skipped=skipped,
     )
 
 
@@ -116,29 +127,38 @@ _Prepared = tuple[CompiledStream, Schedule, StreamTranscript]
 
 
 def _prepare(
-    corpus: Corpus, tokenizer: StreamTokenizer, compiler: CompilerConfig, limit: int | None
+    corpus: Corpus, tokenizer: StreamTokenizer, compiler: CompilerConfig, limit: int | None, skipped: dict[str, str]
 ) -> list[_Prepared]:
     prepared: list[_Prepared] = []
     for key in corpus.keys:
         if limit is not None and len(prepared) == limit:
             break
-        sample = corpus.sample(key)
-        if isinstance(sample, StreamSample):
-            compiled = compile_sample(sample, corpus.media_info(key), tokenizer, compiler)
-            prepared.append((compiled, *read_stream(sample, compiled, compiler, tokenizer)))
-    if not prepared:
+        try:
+            sample = corpus.sample(key)
+            if isinstance(sample, StreamSample):
+                compiled = compile_sample(sample, corpus.media_info(key), tokenizer, compiler)
+                prepared.append((compiled, *read_stream(sample, compiled, compiler, tokenizer)))
+        except SampleError as error:
+            skipped[key] = error.reason
+    if not prepared and not skipped:
         raise DataError("the source holds no stream to evaluate: name one with samples of schema moss_train/stream@1")
     return prepared
 
 
-def _batches(prepared: Sequence[_Prepared], corpus: Corpus, size: int) -> Iterator[list[_Loaded]]:
+def _batches(
+    prepared: Sequence[_Prepared], corpus: Corpus, size: int, skipped: dict[str, str]
+) -> Iterator[list[_Loaded]]:
     """Streams of similar length together, the longest first, so that memory runs out at once or never."""
     ordered = sorted(prepared, key=lambda item: (-len(item[1].steps), -len(item[0].ids)))
     for start in range(0, len(ordered), size):
-        yield [
-            _Loaded(compiled, schedule, transcript, corpus.frames(compiled.key, compiled.frames))
-            for compiled, schedule, transcript in ordered[start : start + size]
-        ]
+        batch = []
+        for compiled, schedule, transcript in ordered[start : start + size]:
+            try:
+                batch.append(_Loaded(compiled, schedule, transcript, corpus.frames(compiled.key, compiled.frames)))
+            except SampleError as error:
+                skipped[compiled.key] = error.reason
+        if batch:
+            yield batch
 
 
 def free_running(

@@ -9,7 +9,7 @@ from scripted_model import shipped_tokenizer, world_stream
 from world_corpus import WorldCorpus
 
 from moss_train.data.collate import collate
-from moss_train.errors import DataError
+from moss_train.errors import DataError, SampleError
 from moss_train.evaluate.config import DecodeConfig, EvaluationConfig
 from moss_train.evaluate.judges import TextJudge
 from moss_train.evaluate.runner import evaluate_streams
@@ -133,6 +133,34 @@ def test_a_corpus_without_streams_is_an_error(model):
     corpus = WorldCorpus(4, SIZE)
     corpus.keys = [key for key in corpus.keys if key.startswith("talk")]
     with pytest.raises(DataError, match="no stream"):
+        evaluate_streams(model, corpus, TOKENIZER, COMPILER, TextJudge())
+
+
+class DamagedCorpus(WorldCorpus):
+    """One sample breaks the schema, the video of another does not decode."""
+
+    def sample(self, key):
+        if key == "heldout-0001":
+            raise SampleError(key, "events[0].t: is missing; add it")
+        return super().sample(key)
+
+    def frames(self, key, requests):
+        if key == "heldout-0002":
+            raise SampleError(key, "video holds no picture")
+        return super().frames(key, requests)
+
+
+def test_damaged_samples_are_left_out_and_told(model):
+    result = evaluate_streams(model, DamagedCorpus(6, SIZE), TOKENIZER, COMPILER, TextJudge())
+    assert result.skipped == {
+        "heldout-0001": "events[0].t: is missing; add it",
+        "heldout-0002": "video holds no picture",
+    }
+    assert result.figures["n_streams"] == 4 and result.figures["n_skipped"] == 2
+    assert [transcript.key for transcript in result.transcripts] == [f"heldout-{k:04d}" for k in (0, 3, 4, 5)]
+    corpus = DamagedCorpus(3, SIZE)
+    corpus.keys = ["heldout-0001", "heldout-0002"]
+    with pytest.raises(DataError, match="not one stream.*heldout-0001.*is missing"):
         evaluate_streams(model, corpus, TOKENIZER, COMPILER, TextJudge())
 
 
