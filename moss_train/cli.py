@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data check": ("moss_train.data.check:check", "validate shards, samples and media"),
     "convert verify": ("moss_train.checkpoint.verify:verify", "compare the model with reference outputs"),
     "eval": ("moss_train.evaluate.command:evaluate", "free-running figures of a checkpoint on packed streams"),
+    "report": ("moss_train.train.pipeline_report:report", "a finished run against itself untrained, as a page"),
     "stream": ("moss_train.evaluate.live:stream", "play a clip and print what the model says"),
     "doctor": ("moss_train.doctor:doctor", "versions, devices and what is missing"),
 }

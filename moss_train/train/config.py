@@ -8,6 +8,7 @@ from moss_train.data.config import DataConfig
 from moss_train.engines.config import EngineConfig, OptimConfig
 from moss_train.errors import ConfigError, MossTrainError
 from moss_train.evaluate.config import DecodeConfig, EvaluationConfig
+from moss_train.evaluate.judges import JUDGES
 from moss_train.model.config import ModelConfig
 from moss_train.objectives.config import ObjectiveConfig
 from moss_train.parallel.config import LayoutConfig
@@ -124,8 +125,8 @@ class RunConfig:
             raise ConfigError("no stage to train: choose a recipe, for example recipe=realtime")
         if self.resume not in RESUME:
             raise ConfigError(f"resume={self.resume!r}: legal values are {', '.join(RESUME)}")
-        if self.evaluate.judge not in ("text", "world"):
-            raise ConfigError(f"evaluate.judge={self.evaluate.judge!r}: legal values are text, world")
+        if self.evaluate.judge not in JUDGES:
+            raise ConfigError(f"evaluate.judge={self.evaluate.judge!r}: legal values are {', '.join(JUDGES)}")
         if self.evaluate.during_training is not None and self.evaluate.during_training < 1:
             raise ConfigError(f"evaluate.during_training={self.evaluate.during_training}: must be at least 1, or null")
         for part in (self.model, self.tokenizer, self.engine, self.tracking, self.evaluate.settings):

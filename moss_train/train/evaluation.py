@@ -1,12 +1,12 @@
 """Held-out evaluation as a run configures it: the source, the judge, how replies are read."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from moss_train.data.corpus import load_source
-from moss_train.data.judge import WorldJudge
-from moss_train.evaluate.judges import Judge, TextJudge
+from moss_train.data.corpus import Corpus, load_source
+from moss_train.evaluate.judges import load_judge
 from moss_train.evaluate.runner import EvaluationResult, evaluate_streams
 from moss_train.parallel import groups
 from moss_train.streams.config import CompilerConfig
@@ -21,21 +21,35 @@ class Evaluator:
         self._config = run.evaluate
         self._tokenizer = tokenizer
         self._image_size = run.model.vision.image_size
-        self.judge: Judge = WorldJudge() if run.evaluate.judge == "world" else TextJudge()
+        self.judge = load_judge(run.evaluate.judge)
 
-    def evaluate(self, model: torch.nn.Module, compiler: CompilerConfig, limit: int | None = None) -> EvaluationResult:
-        """Free-running and teacher-forced figures of `model`; at most `limit` streams."""
-        corpus = self.corpus(compiler)
-        settings = self._config.settings if limit is None else replace(self._config.settings, limit=limit)
-        return evaluate_streams(model, corpus, self._tokenizer, compiler, self.judge, settings, self._config.decode)
-
-    def corpus(self, compiler: CompilerConfig):
+    def corpus(self, compiler: CompilerConfig) -> Corpus:
         """The held-out source, opened."""
         assert self._config.source is not None
         return load_source(self._config.source, self._tokenizer, compiler, self._image_size)
 
+    def evaluate(
+        self,
+        model: torch.nn.Module,
+        compiler: CompilerConfig,
+        limit: int | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> EvaluationResult:
+        """Free-running and teacher-forced figures of `model`, on at most `limit` streams when it is given."""
+        settings = self._config.settings if limit is None else replace(self._config.settings, limit=limit)
+        return evaluate_streams(
+            model,
+            self.corpus(compiler),
+            self._tokenizer,
+            compiler,
+            self.judge,
+            settings,
+            self._config.decode,
+            on_progress,
+        )
+
     def figures(self, model: torch.nn.Module, compiler: CompilerConfig) -> dict[str, float]:
-        """Free-running figures during training. The main process evaluates, the others go on to wait for it."""
+        """Free-running figures during training. The main process evaluates, the others wait in their next step."""
         if not groups.state().is_main:
             return {}
         return self.evaluate(model, compiler, self._config.during_training).figures

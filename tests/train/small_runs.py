@@ -10,7 +10,8 @@ SMALL = [
     "model.text.key_value_heads=1", "model.text.mlp_size=32", "model.pool_stride=1",
     "tracking.wandb=disabled", "tracking.console=false",
     "stages.*.data.global_batch_size=4", "stages.*.data.workers=0", "stages.*.save_every=2",
-    "stages.*.optim.lr=2e-3", "stages.*.optim.min_lr=0", "stages.*.keep=2", "stages.*.epochs=null", "stages.*.trainable=all",
+    "stages.*.optim.lr=2e-3", "stages.*.optim.min_lr=0", "stages.*.keep=2",
+    "stages.*.epochs=null", "stages.*.trainable=all",
 ]  # fmt: skip
 
 

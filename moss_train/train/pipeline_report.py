@@ -1,0 +1,127 @@
+"""`moss-train report`: a finished pipeline against itself untrained and without its last stage, on held-out streams."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moss_train.checkpoint.store import latest, load_checkpoint
+from moss_train.errors import CheckpointError, ConfigError
+from moss_train.evaluate.command import write_transcripts
+from moss_train.evaluate.runner import EvaluationResult
+from moss_train.report.html import write_html
+from moss_train.report.metrics_file import FILE_NAME, read_metrics
+from moss_train.report.quickstart import FULL, SMOKE, Requirements, build_report, print_report, write_report
+from moss_train.report.timelines import timeline_pictures
+from moss_train.train.compose import resolved_dict
+from moss_train.train.config import RunConfig
+from moss_train.train.evaluation import Evaluator
+from moss_train.train.restore import build_model, load_model
+
+REQUIREMENTS: dict[str, Requirements] = {
+    "quickstart": FULL,
+    "smoke": SMOKE,
+    "none": Requirements(name="report", at_least={}, at_most={}, compared=(), compared_with=()),
+}
+
+
+@dataclass
+class ReportOptions:
+    """Which run is reported on."""
+
+    run: str
+    """The run's folder (its `output_dir`), trained to the end."""
+    requirements: str = "none"
+    """What the figures must reach for exit code 0: `quickstart`, `smoke` (that everything ran) or `none`."""
+    started: float | None = None
+    """When the whole run began, in seconds since 1970; null counts the seconds spent in training loops."""
+    pictures: int = 12
+    """Clips whose timeline is drawn."""
+
+    def validate(self) -> None:
+        if self.requirements not in REQUIREMENTS:
+            raise ConfigError(f"requirements={self.requirements!r}: legal values are {', '.join(REQUIREMENTS)}")
+        if self.pictures < 0:
+            raise ConfigError(f"pictures={self.pictures}: must not be negative")
+
+
+def report_command(options: ReportOptions) -> int:
+    """Evaluate a finished run on its held-out streams, beside the untrained model and the model without the last
+    stage; write report.json, report.html and transcripts.jsonl into the run's folder. Exit code 1 when the figures
+    miss the requirements."""
+    folder, console = Path(options.run), Console(highlight=False)
+    model, tokenizer, run = load_model(folder)
+    stages = [name for name, _ in run.ordered_stages()]
+    checkpoints = {name: latest(folder / name / "checkpoints") for name in stages}
+    missing = [name for name, checkpoint in checkpoints.items() if checkpoint is None]
+    if missing:
+        raise CheckpointError(f"{folder}: no checkpoint of {', '.join(missing)}; train the run to its end first")
+    if run.evaluate.source is None:
+        raise ConfigError(f"{folder}: the run names no held-out source; train with evaluate.source=<packed folder>")
+    evaluator = Evaluator(run, tokenizer)
+    last = stages[-1]
+    compiler = run.stages[last].compiler
+
+    models: dict[str, torch.nn.Module] = {"": model}
+    if len(stages) > 1:
+        models[f"without_{last}."] = load_model(checkpoints[stages[-2]])[0]
+    models["untrained."] = build_model(run)
+    results: dict[str, EvaluationResult] = {}
+    with _progress(console) as bar:
+        for prefix, variant in models.items():
+            task = bar.add_task(f"evaluating {prefix.rstrip('.').replace('_', ' ') or 'the trained model'}", total=None)
+            results[prefix] = evaluator.evaluate(
+                variant, compiler, on_progress=lambda done, total, t=task: bar.update(t, completed=done, total=total)
+            )
+    variants = {prefix: result.figures for prefix, result in results.items()}
+    variants["teacher_forced."] = results[""].teacher_forced
+
+    requirements = REQUIREMENTS[options.requirements]
+    report = build_report(variants, run_figures(run, folder, model, options.started), requirements)
+    write_report(report, folder / "report.json")
+    write_transcripts(results[""], folder / "transcripts.jsonl")
+    corpus = evaluator.corpus(compiler)
+    pictures = timeline_pictures(
+        results[""].transcripts,
+        lambda key: corpus.frames(key, corpus.compile(key).frames).numpy(),
+        evaluator.judge,
+        options.pictures,
+    )
+    metrics = folder / FILE_NAME
+    page = write_html(
+        folder / "report.html",
+        report,
+        requirements,
+        rows=read_metrics(metrics) if metrics.is_file() else (),
+        pictures=pictures,
+        facts={"run": run.name, "model": run.model.name, "stages": " → ".join(stages), "streams": run.evaluate.source},
+        settings=resolved_dict(run),
+    )
+    print_report(report, requirements, console)
+    console.print(f"written to {folder / 'report.json'} and {page}")
+    return 0 if report.ok else 1
+
+
+def run_figures(run: RunConfig, folder: Path, model: torch.nn.Module, started: float | None) -> dict[str, float]:
+    """`seconds`, `parameters` and `trained_tokens` (labels in the loss) of the whole run."""
+    progress = []
+    for name in run.stages:
+        checkpoint = latest(folder / name / "checkpoints")
+        assert checkpoint is not None  # looked for by the command
+        progress.append(load_checkpoint(checkpoint, only=()).state["progress"])
+    trained = sum(stage["seconds"] for stage in progress)
+    return {
+        "seconds": trained if started is None else time.time() - started,
+        "training_seconds": trained,
+        "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
+        "trained_tokens": float(sum(stage["trained_tokens"] for stage in progress)),
+    }
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
