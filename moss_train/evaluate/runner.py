@@ -111,7 +111,7 @@ def evaluate_streams(
     transcripts, forced_transcripts = [free[key] for key in order], [forced[key] for key in order]
 
     def figures(of: list[StreamTranscript], part: str) -> dict[str, float]:
-        more = {"n_skipped": len(skipped), "seconds": seconds[part]}
+        more = {"n_skipped": len(skipped), "evaluation_seconds": seconds[part]}
         return streaming_figures(of, judge, config.window_frames) | more
 
     return EvaluationResult(
