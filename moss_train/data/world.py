@@ -29,7 +29,7 @@ from moss_train.data.scenes import (
 )
 
 STREAM_SECONDS = 12
-SYSTEM = "Say what you see."
+SYSTEM = "Answer what you see now."
 QUESTIONS = {"colour": "What colour is it?", "place": "Where is it?", "count": "How many are there?"}
 DESCRIBE = "Describe it."
 
@@ -47,11 +47,11 @@ KINDS = ("still_caption", "clip_caption", "conversation", "text", "stream")
 
 
 def answer_text(scene: Scene, attribute: str) -> str:
-    return scene.value(attribute).capitalize() + "."
+    return f"It is {scene.value(attribute)}."
 
 
 def revision_text(scene: Scene, attribute: str) -> str:
-    return f"Now {scene.value(attribute)}."
+    return f"It is {scene.value(attribute)} now."
 
 
 def description(scene: Scene) -> str:
@@ -172,7 +172,7 @@ class _Script:
                         "question": standing["id"],
                         "attribute": changed,
                         "t": float(frame),
-                        "standing": before.value(asked).capitalize() + ".",
+                        "standing": answer_text(before, asked),
                     }
                 )
             frame += self.between(2, 3)
@@ -340,7 +340,10 @@ def sample_clip_caption(rng: np.random.Generator, split: str, key: str) -> Clip:
 
 
 def sample_conversation(rng: np.random.Generator, split: str, key: str) -> Clip:
-    """One to three questions about the first or the last scene of a clip, asked after it."""
+    """Questions about the first or the last scene of a clip, asked after it, then two claims to confirm or deny.
+
+    Telling whether a claim still holds is what a revision needs: comparing what was said with what is shown.
+    """
     timeline = _sequence(rng, split, STREAM_SECONDS)
     shown = [scene for scene in timeline.scenes() if scene is not None]
     messages = []
@@ -353,6 +356,11 @@ def sample_conversation(rng: np.random.Generator, split: str, key: str) -> Clip:
         placeholder = "" if messages else "<|video|>"
         messages.append({"role": "user", "content": placeholder + question})
         messages.append({"role": "assistant", "content": answer_text(shown[-1 if last else 0], attribute)})
+    for attribute in rng.choice(list(ATTRIBUTES), 2):
+        true = shown[-1].value(attribute)
+        claimed = str(rng.choice([true, str(rng.choice([v for v in ATTRIBUTES[attribute] if v != true]))]))
+        messages.append({"role": "user", "content": f"Is it {claimed} now?"})
+        messages.append({"role": "assistant", "content": "Yes." if claimed == true else "No."})
     sample = {"schema": "moss_train/conversation@1", "id": key, "media": [_video(timeline)], "messages": messages}
     return Clip(key, sample, timeline)
 

@@ -54,8 +54,6 @@ def test_every_sample_parses_and_stays_in_its_split(seed, split, kind):
             continue
         changed = [name for name in scenes.ATTRIBUTES if before.value(name) != after.value(name)]
         assert len(changed) == 1
-        if changed == ["colour"]:
-            assert scenes.is_heldout_transition(before.colour, after.colour) == (split == "heldout")
 
 
 @given(seeds, splits, st.sampled_from(list(SCENARIOS)))
@@ -110,7 +108,7 @@ def test_an_interruption_cuts_a_running_reply_and_is_answered_at_once():
     tokenizer = load_tokenizer(TokenizerConfig())
     for seed in range(20):
         clip = sample_stream(np.random.default_rng(seed), "train", "k1", "interruption")
-        config = CompilerConfig(tokens_per_second=6.0)
+        config = CompilerConfig(tokens_per_second=10.0)
         stream = compile_sample(
             parse_sample(clip.sample, "k1"), {"v0": MediaInfo(12.0, 4.0, 48)}, tokenizer, config, None
         )
