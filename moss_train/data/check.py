@@ -65,15 +65,25 @@ class CheckResult:
     """What was found."""
 
     problems: list[Problem] = field(default_factory=list)
-    figures: Counter[str] = field(default_factory=Counter)  #: label → count or seconds, in the order of the table
+    totals: Counter[str] = field(default_factory=Counter)  #: shards, samples, tokens, frames, seconds
+    kinds: Counter[str] = field(default_factory=Counter)  #: samples by kind
+    media: Counter[str] = field(default_factory=Counter)  #: media by container and codec
+    readers: Counter[str] = field(default_factory=Counter)  #: media by the reader that decoded them
+    notes: Counter[str] = field(default_factory=Counter)  #: why decord was passed over
+
+    def table(self) -> list[tuple[str, float]]:
+        """(label, figure) of every line that is printed."""
+        rows = list(self.totals.items())
+        for title, figures in (("", self.kinds), ("", self.media), ("decoded by ", self.readers), ("", self.notes)):
+            rows += [(f"  {title}{name}", count) for name, count in sorted(figures.items())]
+        return [*rows, ("problems", len(self.problems))]
 
 
 def check_command(options: CheckOptions) -> int:
     """Validate a folder of shards; exit code 1 when there is any problem."""
     result = check_source(options, progress=True)
-    for label, value in result.figures.items():
-        print(f"{label:<34}{value:>12.1f}" if isinstance(value, float) else f"{label:<34}{value:>12}")
-    print(f"{'problems':<34}{len(result.problems):>12}")
+    for label, value in result.table():
+        print(f"{label:<46}{value:>12.1f}" if isinstance(value, float) else f"{label:<46}{value:>12}")
     for problem in result.problems[: options.show]:
         print(f"  {problem.shard}  {problem.key or '-'}  {problem.what}")
     if len(result.problems) > options.show:
@@ -91,10 +101,10 @@ def check_source(options: CheckOptions, progress: bool = False) -> CheckResult:
         result.problems.append(Problem(folder.name, "", str(error)))
         index = _scan_leniently(folder, result)
     corpus = Corpus(folder.name, index, load_tokenizer(options.tokenizer), options.compiler, 64, "auto", 40_000_000)
-    result.figures["shards"] = len(index.shards)
-    result.figures["samples"] = len(index.samples)
+    result.totals["shards"] = len(index.shards)
+    result.totals["samples"] = len(index.samples)
     for entry in progress_bar(index.samples, "checking", progress):
-        result.figures[f"  {entry.kind}"] += 1
+        result.kinds[entry.kind] += 1
         _check_sample(corpus, entry, options.decode, result)
     return result
 
@@ -135,16 +145,16 @@ def _check_sample(corpus: Corpus, entry: IndexedSample, decode: str, result: Che
         facts = entry.media.get(medium.member)
         if not isinstance(facts, MediaProbe):
             continue  # compiling names it
-        result.figures[f"  {facts.container} {facts.codec}"] += 1
-        result.figures["seconds of video"] += facts.duration_s
+        result.media[f"{facts.container} {facts.codec}"] += 1
+        result.totals["seconds of video"] += facts.duration_s
         if medium.duration_s is not None and abs(medium.duration_s - facts.duration_s) > DURATION_SLACK_S:
             problem(f"medium {medium.id!r} is listed with {medium.duration_s} s and has {facts.duration_s:.3f} s")
     for what in _times_outside(sample, entry):
         problem(what)
     try:
         compiled = corpus.compile(entry.key)
-        result.figures["text tokens"] += len(compiled.ids)
-        result.figures["frames"] += len(compiled.frames)
+        result.totals["text tokens"] += len(compiled.ids)
+        result.totals["frames"] += len(compiled.frames)
         if decode == "all":
             for job, _ in corpus.decode_jobs(entry.key, compiled.frames):
                 _count(run_job(job), result)
@@ -159,9 +169,9 @@ def _check_sample(corpus: Corpus, entry: IndexedSample, decode: str, result: Che
 
 
 def _count(decoded: DecodedArrays, result: CheckResult) -> None:
-    result.figures[f"decoded by {decoded.backend}"] += 1
+    result.readers[decoded.backend] += 1
     if decoded.note:
-        result.figures[f"  {decoded.note}"] += 1
+        result.notes[decoded.note] += 1
 
 
 def _times_outside(sample: Sample, entry: IndexedSample) -> list[str]:

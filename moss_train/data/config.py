@@ -53,7 +53,7 @@ class DataConfig:
     max_frame_pixels: int = 40_000_000
     """Largest picture that is decoded (8K video is 33 megapixels); bounds memory on hostile input."""
     max_bad_fraction: float = 0.01
-    """Share of the blend's samples that may be quarantined before the run stops."""
+    """Share of the blend's samples, rounded up, that may be quarantined before the run stops; 0 allows none."""
     shuffle: bool = True
     """False keeps the order of the index (evaluation, debugging)."""
     shuffle_window_shards: int = 4

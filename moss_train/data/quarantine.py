@@ -1,6 +1,7 @@
 """The quarantine ledger: samples that could not be used, why, and how many are too many."""
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +26,15 @@ class Quarantine:
 
     Samples that do not compile are known to every rank, clips that do not decode only to the rank that tried.
 
-    The budget is `max_bad_fraction` of the blend's distinct samples: a fixed number, so that one bad sample in the
-    first batch stops nothing and a source that fails throughout stops the run early.
+    The budget is `max_bad_fraction` of the blend's distinct samples, rounded up: a fixed number, so that one bad
+    sample in the first batch stops nothing and a source that fails throughout stops the run early.
     """
 
     def __init__(self, path: Path | None, samples: int, max_bad_fraction: float):
         self._path = path
         self._samples = samples
         self._fraction = max_bad_fraction
+        self._allowed = math.ceil(max_bad_fraction * samples)
         self._bad: dict[tuple[str, str], str] = {}
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +67,7 @@ class Quarantine:
                 "step": fault.step,
             }
             _append_line(self._path, json.dumps(entry, ensure_ascii=False))
-        if len(self._bad) > self._fraction * self._samples:
+        if len(self._bad) > self._allowed:
             where = f"; all are listed in {self._path}" if self._path else ""
             raise DataError(
                 f"{len(self._bad)} of {self._samples} samples are bad, more than data.max_bad_fraction="

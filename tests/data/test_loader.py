@@ -275,7 +275,7 @@ def test_ranks_agree_on_rows_though_one_alone_meets_a_bad_clip(damaged: Path, tm
 
 def test_too_many_bad_samples_stop_the_run(damaged: Path, tmp_path: Path):
     ledger = tmp_path / "quarantine.jsonl"
-    with loader_of(damaged, quarantine=ledger, max_bad_fraction=0.2) as loader, pytest.raises(DataError) as caught:
+    with loader_of(damaged, quarantine=ledger, max_bad_fraction=0.14) as loader, pytest.raises(DataError) as caught:
         for _ in range(3):
             next(loader)
     assert "3 of 14 samples are bad" in str(caught.value) and str(ledger) in str(caught.value)
