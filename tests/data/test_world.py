@@ -108,7 +108,7 @@ def test_an_interruption_cuts_a_running_reply_and_is_answered_at_once():
     tokenizer = load_tokenizer(TokenizerConfig())
     for seed in range(20):
         clip = sample_stream(np.random.default_rng(seed), "train", "k1", "interruption")
-        config = CompilerConfig(tokens_per_second=10.0)
+        config = CompilerConfig(tokens_per_second=8.0)
         stream = compile_sample(
             parse_sample(clip.sample, "k1"), {"v0": MediaInfo(12.0, 4.0, 48)}, tokenizer, config, None
         )
