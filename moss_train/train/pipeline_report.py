@@ -38,12 +38,17 @@ class ReportOptions:
     """What the figures must reach for exit code 0: `quickstart`, `smoke` (that everything ran) or `none`."""
     started: float | None = None
     """When the whole run began, in seconds since 1970; null counts the seconds spent in training loops."""
+    comparisons: int | None = 64
+    """Most streams on which the untrained model and the one without the last stage are evaluated: they talk all the
+    time, which is slow. Null evaluates them on every stream."""
     pictures: int = 12
     """Clips whose timeline is drawn."""
 
     def validate(self) -> None:
         if self.requirements not in REQUIREMENTS:
             raise ConfigError(f"requirements={self.requirements!r}: legal values are {', '.join(REQUIREMENTS)}")
+        if self.comparisons is not None and self.comparisons < 1:
+            raise ConfigError(f"comparisons={self.comparisons}: must be at least 1, or null")
         if self.pictures < 0:
             raise ConfigError(f"pictures={self.pictures}: must not be negative")
 
@@ -74,7 +79,10 @@ def report_command(options: ReportOptions) -> int:
         for prefix, variant in models.items():
             task = bar.add_task(f"evaluating {prefix.rstrip('.').replace('_', ' ') or 'the trained model'}", total=None)
             results[prefix] = evaluator.evaluate(
-                variant, compiler, on_progress=lambda done, total, t=task: bar.update(t, completed=done, total=total)
+                variant,
+                compiler,
+                limit=options.comparisons if prefix else None,
+                on_progress=lambda done, total, t=task: bar.update(t, completed=done, total=total),
             )
     variants = {prefix: result.figures for prefix, result in results.items()}
     variants["teacher_forced."] = results[""].teacher_forced
