@@ -5,7 +5,6 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import MISSING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -20,7 +19,7 @@ from moss_train.evaluate.runner import EvaluationResult, evaluate_streams
 class EvaluateOptions:
     """Which checkpoint is evaluated on which streams."""
 
-    ckpt: str = MISSING
+    ckpt: str
     """Checkpoint folder, or a stage's or run's folder, whose newest checkpoint is taken."""
     data: str | None = None
     """Packed folder of held-out streams; null takes the one the run was evaluated on."""

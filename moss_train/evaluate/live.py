@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from omegaconf import MISSING
 from rich.console import Console
 from rich.text import Text
 
@@ -36,9 +35,9 @@ _QUESTION_STARTS = re.compile(r"(?:^|;)\s*(\d+(?:\.\d+)?)\s*:")
 class StreamOptions:
     """What is played to which model."""
 
-    ckpt: str = MISSING
+    ckpt: str
     """Checkpoint folder, or a stage's or run's folder, whose newest checkpoint is taken."""
-    video: str = MISSING
+    video: str
     """The clip's file."""
     question: str | None = None
     """Asked at `ask_at_s`."""
@@ -99,23 +98,20 @@ def stream_command(options: StreamOptions) -> int:
     compiler = run.stages[stage_of(options.ckpt)].compiler
     system = options.system if options.system is not None else system_of(run.evaluate.source)
     data = video.read_bytes()
-    duration_s = min(probe_media(data, video.name).duration_s or math.inf, options.max_seconds)
-    if not math.isfinite(duration_s) or duration_s <= 0:
-        raise ConfigError(f"video={options.video}: it is a picture or has no length; give a video")
+    probe = probe_media(data, video.name)
+    if probe.container == "image" or probe.duration_s <= 0:
+        raise ConfigError(f"video={options.video}: it is a {probe.codec} without length; give a video")
+    duration_s = min(probe.duration_s, options.max_seconds)
     schedule, times_s = live_schedule(
         video.name, options.asked(), system, options.fps or compiler.fps, duration_s, compiler, tokenizer
     )
     frames_FCHW = decode_frames(data, times_s, run.model.vision.image_size, key=video.name).frames
     console = Console(highlight=False)
-    console.print(
-        Text(
-            f"{video.name}: {duration_s:.1f} s, {len(times_s)} frames. A dot is a frame about which it is silent.",
-            "dim",
-        )
-    )
+    shown = f"{video.name}: {duration_s:.1f} s, {len(times_s)} frames. A dot is a frame about which it is silent."
+    console.print(Text(shown, "dim"), soft_wrap=True)
     printer = LivePrinter(console, tokenizer)
     result = play(model, tokenizer, compiler, schedule, frames_FCHW, options.speed, options.decode, printer)
-    console.print(Text(result.summary(), "dim"))
+    console.print(Text(result.summary(), "dim"), soft_wrap=True)
     return 0
 
 

@@ -48,14 +48,15 @@ class ConsoleSink:
         for part in (_learning_rates(metrics), _gradient(metrics), _speed(metrics), self._eta(row)):
             if part:
                 line.append("  " + part)
-        if metrics.get("step_seconds"):
-            wait = metrics.get("data_wait_seconds", 0.0) / metrics["step_seconds"]
+        wait = metrics.get("data_wait")
+        if wait is not None:
             line.append(f"  data {wait:.0%}", "bold red" if wait > _MUCH_WAITING else "dim")
         self._print(line)
 
     def event(self, stage: str, step: int, name: str, fields: Mapping[str, Any]) -> None:
-        details = "  ".join(f"{key} {value}" for key, value in fields.items())
-        self._print(Text.assemble((f"{stage:<9}", "cyan"), (name.replace("_", " "), "yellow"), f"  {details}"))
+        details = "".join(f"  {key} {value}" for key, value in fields.items())
+        place = f"{step} " if step else ""
+        self._print(Text.assemble((f"{stage:<9}", "cyan"), place, (name.replace("_", " "), "yellow"), details))
 
     def finish(self, completed: bool) -> None:
         took = clock(time.monotonic() - self._started_at)
@@ -90,7 +91,7 @@ def count(number: float) -> str:
 
 
 def _learning_rates(metrics: Mapping[str, float]) -> str:
-    rates = [value for name, value in metrics.items() if name.startswith("lr/")]
+    rates = [value for name, value in metrics.items() if name.split("/")[0] == "learning_rate"]
     if not rates:
         return ""
     low, high = min(rates), max(rates)
@@ -102,6 +103,5 @@ def _gradient(metrics: Mapping[str, float]) -> str:
 
 
 def _speed(metrics: Mapping[str, float]) -> str:
-    units = {"tokens": "tok/s", "labels": "lab/s", "frames": "fr/s", "streams": "str/s"}
-    rates = {unit: metrics.get(f"{name}_per_second") for name, unit in units.items()}
+    rates = {"tok/s": metrics.get("tokens_per_s"), "fr/s": metrics.get("frames_per_s")}
     return "  ".join(f"{count(rate)} {unit}" for unit, rate in rates.items() if rate is not None)

@@ -71,7 +71,7 @@ def write_html(
         facts: short things to say about the run, name → value.
         settings: the resolved configuration; secrets are hidden.
     """
-    body = [_head(report, facts or {}), "<h2>Held-out figures</h2>", _table(report, requirements)]
+    body = [_head(report, requirements, facts or {}), "<h2>Held-out figures</h2>", _table(report, requirements)]
     curves = loss_curves(rows)
     if curves:
         body += ["<h2>Training loss</h2>", f'<section class="curves">{curves}</section>']
@@ -94,8 +94,9 @@ def write_html(
     return path
 
 
-def _head(report: Report, facts: Mapping[str, Any]) -> str:
+def _head(report: Report, requirements: Requirements, facts: Mapping[str, Any]) -> str:
     badge = '<span class="badge ok">passed</span>' if report.ok else '<span class="badge bad">failed</span>'
+    badge = badge if requirements.asked else ""
     shown = " · ".join(f"{html.escape(name)} <b>{html.escape(str(value))}</b>" for name, value in facts.items())
     failures = "".join(f"<li>{html.escape(failure)}</li>" for failure in report.failures)
     listed = f'<ul class="failures">{failures}</ul>' if failures else ""

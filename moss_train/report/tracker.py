@@ -1,9 +1,8 @@
 """The one door through which figures of a run leave the training loop.
 
 The loop records metrics as they come; `commit` reduces what came since the last commit to one row and hands it to every
-sink. Names that the console knows how to show: `loss`, `loss/<kind>`, `lr/<group>`, `grad_norm`, `step_seconds`,
-`data_wait_seconds`, `tokens_per_second`, `labels_per_second`, `frames_per_second`, `streams_per_second`,
-`eval/<figure>`.
+sink. Names that the console knows how to show: `loss`, `loss/<kind>`, `learning_rate`, `learning_rate/<group>`,
+`grad_norm`, `tokens_per_s`, `frames_per_s`, `data_wait` (share of the step's time), `eval/<figure>`.
 """
 
 import math
@@ -73,14 +72,13 @@ class Tracker:
         for sink in self._sinks:
             sink.start(stage, total_steps, step)
 
-    def record_metric(self, name: str, value: Any, step: int | None = None, reduce: str = "mean") -> None:
+    def record_metric(self, name: str, value: Any, reduce: str = "mean") -> None:
         """Note a value; it is published by the next `commit`.
 
         Args:
             value: a number or a tensor of one element.
-            step: the step it belongs to; None, or the step of the next commit and those before it.
             reduce: how the values since the last commit become one: mean, sum, min, max, last, or rate (their sum over
-                the seconds that passed, for names like `tokens_per_second`).
+                the seconds that passed, for names like `tokens_per_s`).
         """
         if reduce not in REDUCTIONS:
             raise ValueError(f"reduce={reduce!r}: legal values are {', '.join(REDUCTIONS)}")
@@ -97,22 +95,10 @@ class Tracker:
         metrics = {name: _reduced(reduce, values, seconds) for name, (reduce, values) in self._pending.items()}
         self._pending = {}
         if metrics:
-            self._publish(step, self._total, metrics)
+            row = MetricsRow(self._open_stage(), step, self._total, time.time(), metrics)
+            for sink in self._sinks:
+                sink.write(row)
         return metrics
-
-    def log(self, stage: str, step: int, total: int, metrics: Mapping[str, Any]) -> None:
-        """Publish a row that needs no reduction at once; what `record_metric` noted stays for the next commit.
-
-        `stage` must be the open one. Values are numbers or tensors of one element.
-        """
-        if stage != self._open_stage():
-            raise RuntimeError(f"stage {stage!r} is not open, {self._stage!r} is")
-        self._publish(step, total, {name: float(value) for name, value in metrics.items()})
-
-    def _publish(self, step: int, total: int, metrics: dict[str, float]) -> None:
-        row = MetricsRow(self._open_stage(), step, total, time.time(), metrics)
-        for sink in self._sinks:
-            sink.write(row)
 
     def event(self, name: str, step: int, **fields: Any) -> None:
         """Something worth a line that is no metric: a checkpoint was saved, a sample was put into quarantine."""

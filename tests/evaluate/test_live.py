@@ -8,8 +8,9 @@ import torch
 from rich.console import Console
 from scripted_model import ScriptedModel, shipped_tokenizer, world_stream
 
-from moss_train.cli_options import parse_options
+from moss_train.cli_options import field_documentation, parse_options
 from moss_train.errors import CheckpointError, ConfigError
+from moss_train.evaluate.command import EvaluateOptions, evaluate_command
 from moss_train.evaluate.config import DecodeConfig
 from moss_train.evaluate.live import (
     LivePrinter,
@@ -161,13 +162,12 @@ def test_missing_files_are_clear_errors(tmp_path):
     video.write_bytes(b"x")
     with pytest.raises(CheckpointError, match="no checkpoint"):
         stream_command(options)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        evaluate_command(EvaluateOptions(ckpt=str(tmp_path / "none")))
     assert system_of(None) is None
     assert system_of(str(tmp_path)) is None
 
 
 def test_every_option_is_documented():
-    from moss_train.cli_options import field_documentation
-    from moss_train.evaluate.command import EvaluateOptions
-
     for options in (StreamOptions, EvaluateOptions):
         assert set(field_documentation(options)) == {field.name for field in fields(options)}

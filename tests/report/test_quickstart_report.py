@@ -7,7 +7,7 @@ import math
 import pytest
 from rich.console import Console
 
-from moss_train.report.quickstart import FULL, SMOKE, build_report, print_report, write_report
+from moss_train.report.quickstart import FULL, SMOKE, Requirements, build_report, print_report, write_report
 
 GOOD = {
     "speak_f1": 0.97,
@@ -91,6 +91,14 @@ def test_smoke_asks_only_that_it_ran():
     poor = {prefix: dict.fromkeys(GOOD, math.nan) | {"n_streams": 8} for prefix in variants()}
     assert build_report(poor, RUN, SMOKE).ok
     assert not build_report({"": {}}, RUN, SMOKE).ok
+
+
+def test_without_requirements_there_is_no_verdict():
+    nothing = Requirements(name="eval", at_least={}, at_most={}, compared=(), compared_with=())
+    text = io.StringIO()
+    print_report(build_report({"": GOOD}, {}, nothing), nothing, Console(file=text, width=80))
+    assert "passed" not in text.getvalue() and "speak F1" in text.getvalue()
+    assert not nothing.asked and FULL.asked and SMOKE.asked
 
 
 def test_file_is_strict_json_in_the_agreed_form(tmp_path):

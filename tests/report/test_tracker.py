@@ -19,6 +19,11 @@ from moss_train.report.tracker import JsonlSink, Tracker
 QUIET = TrackingConfig(wandb="disabled", console=False)
 
 
+def put(tracker: Tracker, step: int, loss: float = 1.0) -> None:
+    tracker.record_metric("loss", loss)
+    tracker.commit(step)
+
+
 def test_values_are_reduced_over_the_interval(tmp_path):
     with Tracker(QUIET, tmp_path, "run") as tracker:
         tracker.start_stage("sft", 4)
@@ -46,7 +51,7 @@ def test_values_are_reduced_over_the_interval(tmp_path):
 def test_misuse_is_refused(tmp_path):
     tracker = Tracker(QUIET, tmp_path, "run")
     with pytest.raises(RuntimeError, match="no stage"):
-        tracker.log("sft", 1, 2, {"loss": 1.0})
+        put(tracker, 1)
     tracker.start_stage("sft", 2)
     with pytest.raises(RuntimeError, match="still open"):
         tracker.start_stage("realtime", 2)
@@ -62,7 +67,7 @@ def test_misuse_is_refused(tmp_path):
 def test_other_processes_write_nothing(tmp_path):
     with Tracker(TrackingConfig(), tmp_path, "run", main=False) as tracker:
         tracker.start_stage("sft", 2)
-        tracker.log("sft", 1, 2, {"loss": 1.0})
+        put(tracker, 1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -70,16 +75,16 @@ def test_resumed_stage_drops_what_was_lost(tmp_path):
     tracker = Tracker(QUIET, tmp_path, "run")
     tracker.start_stage("align", 6)
     for step in range(1, 6):
-        tracker.log("align", step, 6, {"loss": 10.0 + step})
+        put(tracker, step, 10.0 + step)
     # killed after step 5, in the middle of a line; the last checkpoint was of step 3
     with (tmp_path / FILE_NAME).open("a") as file:
         file.write('{"stage": "align", "st')
     tracker = Tracker(QUIET, tmp_path, "run")
     tracker.start_stage("align", 6, step=3)
-    tracker.log("align", 4, 6, {"loss": 24.0})
+    put(tracker, 4, 24.0)
     tracker.end_stage()
     tracker.start_stage("sft", 1)
-    tracker.log("sft", 1, 1, {"loss": 31.0})
+    put(tracker, 1, 31.0)
     tracker.close()
     rows = read_metrics(tmp_path / FILE_NAME)
     assert [(row.stage, row.step, row.metrics["loss"]) for row in rows] == [
@@ -95,7 +100,7 @@ def test_stage_that_starts_anew_forgets_its_rows(tmp_path):
     for loss in (1.0, 2.0):
         with Tracker(QUIET, tmp_path, "run") as tracker:
             tracker.start_stage("align", 2)
-            tracker.log("align", 1, 2, {"loss": loss})
+            put(tracker, 1, loss)
     assert [row.metrics["loss"] for row in read_metrics(tmp_path / FILE_NAME)] == [2.0]
 
 
@@ -131,7 +136,7 @@ def test_wandb_offline_keeps_the_run_over_a_resume(tmp_path):
             assert run.offline
             ids = json.loads((tmp_path / "wandb_runs.json").read_text())
             assert ids == {"align": run.id}
-            tracker.log("align", step + 1, 4, {"loss": 1.0})
+            put(tracker, step + 1)
             tracker.end_stage()
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{ids['align']}"))) >= 1
 
@@ -149,13 +154,12 @@ def test_console_line_says_where_the_run_stands():
         "loss": 1.23456,
         "loss/text": 1.0,
         "loss/revision": 2.5,
-        "lr/head": 2e-4,
-        "lr/projector": 1e-4,
+        "learning_rate": 2e-4,
+        "learning_rate/projector": 1e-4,
         "grad_norm": 0.75,
-        "tokens_per_second": 3210.0,
-        "frames_per_second": 88.0,
-        "step_seconds": 2.0,
-        "data_wait_seconds": 0.5,
+        "tokens_per_s": 3210.0,
+        "frames_per_s": 88.0,
+        "data_wait": 0.25,
     }
     text = lines_of(("start", "realtime", 400, 0), ("write", MetricsRow("realtime", 120, 400, 0.0, metrics)))
     assert "realtime starts, 400 steps" in text
@@ -182,7 +186,12 @@ def test_console_shows_held_out_figures_and_events():
         ("event", "sft", 5, "checkpoint_saved", {"path": "step-5"}),
         ("finish", False),
     )
-    for part in ("goes on after step 4", "held out  speak f1 0.953", "checkpoint saved  path step-5", "stopped after"):
+    for part in (
+        "goes on after step 4",
+        "held out  speak f1 0.953",
+        "sft      5 checkpoint saved  path step-5",
+        "stopped after",
+    ):
         assert part in text, part
 
 
