@@ -66,7 +66,7 @@ def _run(arguments: list[str]) -> int:
         if len(words) >= count and name in COMMANDS:
             return _call(name, arguments[count:])
     if any(argument in ("--help", "-h") for argument in arguments) or not arguments:
-        print(_help(words[0] if words else ""))
+        _show(_help(words[0] if words else ""))
         return 0
     if not words:
         raise ConfigError(f"{arguments[0]!r} stands where a verb should; see moss-train --help")
@@ -88,15 +88,23 @@ def _call(name: str, arguments: list[str]) -> int:
     wants_help = any(argument in ("--help", "-h") for argument in arguments)
     if name in RAW_VERBS:
         if wants_help:
-            print(f"usage: moss-train {name} key=value …\n\n{module.HELP}")
+            _show(f"usage: moss-train {name} key=value …\n\n{module.HELP}")
             return 0
         return function(arguments)
     options_class = getattr(module, f"{stem.capitalize()}Options")
     if wants_help:
         documentation = inspect.cleandoc(function.__doc__ or COMMANDS[name][1])
-        print(f"usage: moss-train {name} key=value …\n\n{documentation}\n\noptions:\n{describe_options(options_class)}")
+        _show(f"usage: moss-train {name} key=value …\n\n{documentation}\n\noptions:\n{describe_options(options_class)}")
         return 0
     return function(parse_options(options_class, arguments))
+
+
+def _show(text: str) -> None:
+    """Print help; a reader who has seen enough (`| head`) is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the interpreter flushes it on exit)
 
 
 def _help(group: str) -> str:
