@@ -31,6 +31,11 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask=None, causal
     return mixed.transpose(1, 2)
 
 
+def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`x[index]` along the first dimension; its backward pass is an index_add, several times faster than index_put."""
+    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
 def _collect(results: list[torch.Tensor], plan: AttentionPlan, tokens: int, rows: int, like: torch.Tensor):
     """Bring the groups' results back into token order; tokens without a result get the zero row."""
     width = like.shape[-2] * like.shape[-1]
@@ -52,7 +57,7 @@ class SegmentAttention:
             mixed = _attend(*(x.transpose(0, 1) for x in (q_TRAD, k_TRBD, v_TRBD)), causal=True)
             return mixed.transpose(0, 1).reshape(tokens, rows, -1)
         flat = [x.flatten(0, 1) for x in (q_TRAD, k_TRBD, v_TRBD)]
-        results = [_attend(*(x[group.queries_GL] for x in flat), causal=True) for group in self.self_plan.groups]
+        results = [_attend(*(_take(x, group.queries_GL) for x in flat), causal=True) for group in self.self_plan.groups]
         return _collect(results, self.self_plan, tokens, rows, q_TRAD)
 
     def cross_attention(self, layer, q_TRAD, k_RFPBD, v_RFPBD):
@@ -64,8 +69,8 @@ class SegmentAttention:
                 count = group.keys_GK.shape[1]
                 seen = [x.narrow(0, group.first_frame, count)[None] for x in (k, v)]
             else:
-                seen = [x[group.keys_GK] for x in (k, v)]
-            results.append(_attend(q[group.queries_GL], *(x.flatten(1, 2) for x in seen)))
+                seen = [_take(x, group.keys_GK) for x in (k, v)]
+            results.append(_attend(_take(q, group.queries_GL), *(x.flatten(1, 2) for x in seen)))
         return _collect(results, self.cross_plan, tokens, rows, q_TRAD)
 
 
