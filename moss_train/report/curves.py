@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display, in any process
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from moss_train.report.metrics_file import MetricsRow
 from moss_train.report.palette import GRID, INK, KIND_COLOURS, MUTED, STAGE_COLOURS
@@ -56,6 +57,7 @@ def _draw_stage(axis, stage: str, rows: Sequence[MetricsRow], colour: str) -> No
         axis.set_yscale("log")
     axis.set_title(stage, color=INK, fontsize=11, fontweight="bold", loc="left")
     axis.set_xlabel("step", color=MUTED)
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axis.grid(color=GRID, linewidth=0.6)
     axis.set_axisbelow(True)
     axis.tick_params(which="both", colors=MUTED, length=0)
