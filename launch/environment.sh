@@ -68,15 +68,15 @@ install_package() {
     local torch="torch==2.13.0" constraints=()
     step "installing PyTorch (a few minutes the first time)"
     if has_gpu; then
-        "$python" -m pip install --quiet "$torch"
-    elif "$python" -m pip install --quiet -c constraints-cpu.txt torch; then
+        "$python" -m pip install --quiet --quiet "$torch"
+    elif "$python" -m pip install --quiet --quiet -c constraints-cpu.txt torch; then
         constraints=(-c constraints-cpu.txt)
     else
         fail "pip's index has no CPU build of $torch, and this machine has no NVIDIA GPU.
        Set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index (see \"Get Started\" on pytorch.org) and run this again."
     fi
     step "installing moss_train with its video, wandb and dev extras"
-    "$python" -m pip install --quiet ${constraints[@]+"${constraints[@]}"} -e '.[video,wandb,dev]'
+    "$python" -m pip install --quiet --quiet ${constraints[@]+"${constraints[@]}"} -e '.[video,wandb,dev]'
 }
 
 if [ -n "${MOSS_TRAIN_ENV:-}" ]; then

@@ -10,7 +10,7 @@ def shipped_directory(name: str) -> Path:
 
     Raises FileNotFoundError when the installation lacks it, which means that the package was built wrongly.
     """
-    for candidate in (_PACKAGE.parent / name, _PACKAGE / name):
+    for candidate in (_PACKAGE / name, _PACKAGE.parent / name):
         if candidate.is_dir():
             return candidate
     raise FileNotFoundError(f"{name}/ stands neither beside nor inside {_PACKAGE}; reinstall moss_train")

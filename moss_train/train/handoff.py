@@ -18,6 +18,7 @@ from moss_train.model.groups import parameter_groups, trainable_names
 from moss_train.model.video_model import VideoModel
 from moss_train.parallel import groups
 from moss_train.streams.tokenizer import StreamTokenizer
+from moss_train.train.blend import apply_blend
 from moss_train.train.compose import resolved_dict
 from moss_train.train.config import RunConfig, StageConfig
 from moss_train.train.weights import Origin, expected_shapes, find_origin
@@ -112,6 +113,7 @@ def _plan_stage(
     elif stage.init != "scratch":
         origin = find_origin(Path(stage.init))
         origin.check(model, tokenizer)
+    apply_blend(name, stage)
     with build_loader(
         replace(stage.data, workers=0), stage.compiler, tokenizer, run.model.vision.image_size, run.seed
     ) as loader:
