@@ -136,14 +136,9 @@ class _Script:
             if frame > STREAM_SECONDS - 2:  # the last frame leaves no time to finish a reply
                 return
             others = [name for name in ATTRIBUTES if name not in settled]
-            # an attribute that cannot change alone within the split falls back to the other kind of change
-            first, second = ([asked], others) if self.rng.random() < 0.5 else (others, [asked])
             before = self.scene
             assert before is not None
-            try:
-                scene, changed = next_scene(self.rng, before, self.split, first)
-            except ValueError:
-                scene, changed = next_scene(self.rng, before, self.split, second)
+            scene, changed = next_scene(self.rng, before, self.split, [asked] if self.rng.random() < 0.5 else others)
             self.show(scene, frame)
             if changed == asked:
                 old = self.events[-1]["text"]
