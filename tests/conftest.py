@@ -1,6 +1,7 @@
 """What every test process needs before torch is imported, and the rule that golden tests never skip."""
 
 import os
+import sys
 from pathlib import Path
 
 # One thread each: the tensors are tiny, and several test processes may share the machine.
@@ -21,3 +22,12 @@ def pytest_runtest_makereport(item: pytest.Item):
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was skipped ({report.longrepr}); golden tests must run"
     return report
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_process_groups_left():
+    """Each module of tests starts without process groups, so that it may fork ranks of its own."""
+    yield
+    groups = sys.modules.get("moss_train.parallel.groups")
+    if groups is not None:
+        groups.shutdown()

@@ -11,7 +11,7 @@ from moss_train.checkpoint.random_state import capture_random_state, restore_ran
 from moss_train.checkpoint.retention import apply_retention
 from moss_train.checkpoint.store import Checkpoint, latest, load_checkpoint, save_checkpoint
 from moss_train.data.loader import Loader, build_loader
-from moss_train.engines.megatron import MegatronEngine
+from moss_train.engines import build_engine
 from moss_train.engines.protocol import Engine, EngineState
 from moss_train.model.groups import trainable_names
 from moss_train.model.video_model import VideoModel
@@ -97,7 +97,7 @@ def run_stage(
     model = VideoModel(run.model, state.tensor_group)
     if newest is None and origin is not None:
         origin.load(model)
-    engine = MegatronEngine()
+    engine = build_engine(run.engine)
     engine.setup(
         model,
         trainable_names(model, plan.config.trainable),

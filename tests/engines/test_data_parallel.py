@@ -1,4 +1,4 @@
-"""Two data-parallel ranks, forked from this process, train exactly as one process on the same global batches."""
+"""Two data-parallel ranks train exactly as one process on the same global batches."""
 
 import json
 
@@ -46,7 +46,7 @@ def _rank(rank: int, folder: str) -> None:
 
 def test_two_ranks_train_as_one_process(tmp_path):
     groups.shutdown()
-    multiprocessing.start_processes(_rank, (str(tmp_path),), nprocs=RANKS, start_method="fork")
+    multiprocessing.start_processes(_rank, (str(tmp_path),), nprocs=RANKS, start_method="spawn")
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(RANKS))
     assert first["weights"] == second["weights"]
     # json writes the skipped step's loss as NaN, which equals nothing; compare its text.

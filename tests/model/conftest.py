@@ -8,7 +8,7 @@ from moss_train.model.video_model import VideoModel
 from moss_train.parallel import groups
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def parallel_state():
     yield groups.initialize()
     groups.shutdown()

@@ -44,4 +44,4 @@ def _rank(rank: int, store: str) -> None:
 
 
 def test_two_ranks_equal_one(tmp_path):
-    multiprocessing.start_processes(_rank, (str(tmp_path / "store"),), nprocs=RANKS, start_method="fork")
+    multiprocessing.start_processes(_rank, (str(tmp_path / "store"),), nprocs=RANKS, start_method="spawn")
