@@ -1,7 +1,7 @@
 """One stage: model, engine, data and weights put together, resumed where it stopped, trained, saved."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -102,7 +102,7 @@ def run_stage(
         model,
         trainable_names(model, plan.config.trainable),
         plan.config.optim,
-        StreamingLoss(plan.config.objective),
+        StreamingLoss(plan.config.objective, tokenizer.special.silence),
         plan.steps,
     )
     with build_loader(
@@ -124,9 +124,7 @@ def run_stage(
             stage.save()
             tracker.event("checkpoint", stage.progress.step)
 
-        evaluate: Callable[[], dict[str, float]] | None = None
-        if evaluator is not None:
-            evaluate = lambda: evaluator.figures(model, plan.config.compiler)  # noqa: E731
+        evaluate = partial(evaluator.figures, model, plan.config.compiler) if evaluator is not None else None
         signal = train(plan.config, engine, loader, tracker, stage.progress, save, evaluate, stop)
         tracker.end_stage(completed=not signal)
     return signal
