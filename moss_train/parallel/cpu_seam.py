@@ -2,7 +2,8 @@
 
 Megatron-core names CUDA in a few dozen places (device literals, `torch.cuda.current_device()`, CUDA random
 states). Without CUDA each of them raises, so redirecting them to the CPU changes no behaviour that works;
-with CUDA this module does nothing at all. Plain function patches are used because a `TorchFunctionMode` is
+with CUDA no device is redirected. On both, megatron's optimizer gets an Adam whose state it can restore when neither
+Transformer Engine nor Apex is installed. Plain function patches are used because a `TorchFunctionMode` is
 inactive inside `.backward()`, where recomputation needs it. Every patch below is one that a training step hits.
 """
 
@@ -20,14 +21,21 @@ _installed = False
 
 
 def install() -> None:
-    """Redirect megatron-core's CUDA calls to the CPU. Does nothing when CUDA is available or when called again.
+    """Redirect megatron-core's CUDA calls to the CPU where there is no CUDA, and mend its optimizer where it has no
+    FusedAdam. Does nothing when called again.
 
     Must run before the first import of `megatron`: importing `moss_train.parallel` does it.
     """
     global _installed
-    if _installed or torch.cuda.is_available():
+    if _installed:
         return
     _installed = True
+    if not torch.cuda.is_available():
+        _redirect_to_cpu()
+    _patch_optimizer()
+
+
+def _redirect_to_cpu() -> None:
     # Megatron's `jit_fuser` is torch.compile, which wants a C++ compiler and minutes on a CPU.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     _patch_devices()
@@ -35,7 +43,6 @@ def install() -> None:
     _patch_tensor_type_names()
     _patch_autocast_wrappers()
     _patch_recompute()
-    _patch_optimizer()
 
 
 def _is_cuda(device: object) -> bool:
@@ -129,11 +136,12 @@ def _patch_optimizer() -> None:
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed
 
-    from moss_train.parallel.cpu_adam import CpuFusedAdam
+    from moss_train.parallel.fused_layout_adam import FusedLayoutAdam
 
+    # torch's AdamW keeps its step count per parameter, which megatron-core 0.16.1 can neither set up nor restore.
     if optimizer.USING_PYTORCH_OPTIMIZER:
-        optimizer.Adam = CpuFusedAdam
+        optimizer.Adam = FusedLayoutAdam
         optimizer.USING_PYTORCH_OPTIMIZER = False
-        distributed.Adam = CpuFusedAdam
+        distributed.Adam = FusedLayoutAdam
         distributed.HAVE_APEX_OR_TE = True
         distributed.USING_APEX_OPTIMIZER = True

@@ -1,4 +1,4 @@
-"""The seam that lets the real megatron-core run without CUDA. On a machine with CUDA it does nothing."""
+"""The seam that lets the real megatron-core run without CUDA. With CUDA only the optimizer is mended."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import torch
 from moss_train.errors import ConfigError
 from moss_train.parallel import groups
 from moss_train.parallel.config import LayoutConfig
-from moss_train.parallel.cpu_adam import CpuFusedAdam
+from moss_train.parallel.fused_layout_adam import FusedLayoutAdam
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="the seam is inactive where CUDA is available")
 
@@ -59,7 +59,7 @@ def test_adam_equals_torch_adamw(weight_decay):
     ours = [p.clone().requires_grad_() for p in start]
     theirs = [p.clone().requires_grad_() for p in start]
     options = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": weight_decay}
-    optimizers = CpuFusedAdam(ours, **options), torch.optim.AdamW(theirs, **options)
+    optimizers = FusedLayoutAdam(ours, **options), torch.optim.AdamW(theirs, **options)
     for _ in range(5):
         for parameters, optimizer in zip((ours, theirs), optimizers, strict=True):
             optimizer.zero_grad()
@@ -98,3 +98,20 @@ def test_groups_start_alone_and_can_start_again():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "fine" in done.stdout, done.stderr
+
+
+@without_cuda
+def test_with_cuda_only_the_optimizer_is_mended():
+    """What a GPU machine without Transformer Engine and Apex gets; CUDA is pretended, so nothing may touch a device."""
+    code = (
+        "import torch\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "zeros = torch.zeros\n"
+        "import moss_train.parallel\n"
+        "import megatron.core.optimizer as optimizer\n"
+        "assert torch.zeros is zeros\n"
+        "assert not optimizer.USING_PYTORCH_OPTIMIZER\n"
+        "print(optimizer.Adam.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "FusedLayoutAdam" in done.stdout, done.stderr

@@ -3,7 +3,7 @@
 import torch
 
 
-class CpuFusedAdam(torch.optim.Optimizer):
+class FusedLayoutAdam(torch.optim.Optimizer):
     """Adam/AdamW (Kingma & Ba 2015; Loshchilov & Hutter 2019) whose step count lives in the parameter group.
 
     Megatron-core 0.16.1's distributed optimizer restores the layout of Transformer Engine's and Apex's FusedAdam,
@@ -35,7 +35,7 @@ class CpuFusedAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         if closure is not None:
-            raise ValueError("CpuFusedAdam takes no closure, as the fused optimizers it stands for")
+            raise ValueError("FusedLayoutAdam takes no closure, as the fused optimizers it stands for")
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not group["params"]:
