@@ -6,26 +6,16 @@ it is, whatever the codec, the scaling or the rotation did to its levels.
 
 import io
 import json
-import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from moss_train.data.shards import pack
 
 BLOCK = 16  #: pixels of one block; 2 rows of 4 blocks make a picture of 64 × 32
-
-
-def shared_folder() -> Path:
-    """The shared folder with the real videos; the test is skipped, with a reason, where it is absent."""
-    path = Path(os.environ.get("MOSS_TRAIN_SHARED") or Path(__file__).resolve().parents[3] / "shared")
-    if not (path / "real_data").is_dir():
-        pytest.skip("no shared folder with real_data: set MOSS_TRAIN_SHARED")
-    return path
 
 
 def numbered_picture(number: int) -> np.ndarray:

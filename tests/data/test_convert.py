@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from data_samples import shared_folder
+from shared_data import shared_folder
 
 from moss_train.data.convert import ConvertOptions, convert, convert_command
 from moss_train.errors import ConfigError, DataError

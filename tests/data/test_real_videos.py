@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
-from data_samples import shared_folder
+from shared_data import shared_folder
 
 from moss_train.data.decode import decode_arrays
 from moss_train.data.media_probe import probe_media
