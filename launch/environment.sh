@@ -1,6 +1,7 @@
 # Sourced by the scripts beside it: finds or makes the Python environment and defines `step`, `fail` and $python.
 #
-#   MOSS_TRAIN_ENV=<folder>  use this virtual environment; only what the package needs and it lacks is installed
+#   MOSS_TRAIN_ENV=<folder>  use this virtual environment; only what the package needs and it lacks is installed, and a
+#                            PyTorch of 2.6 or newer that it has stays
 #   PYTHON=<interpreter>     make .venv with this interpreter (default: the first of python3, python3.11 … ≥ 3.11)
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -64,19 +65,35 @@ for line in lines:
 PY
 }
 
+# Prints the version of the environment's PyTorch when it will do; fails otherwise.
+usable_torch() {
+    "$python" -c '
+from importlib.metadata import version
+found = version("torch")
+assert tuple(map(int, found.split(".")[:2])) >= (2, 6)
+print(found)' 2>/dev/null
+}
+
 install_package() {
-    local torch="torch==2.13.0" constraints=()
-    step "installing PyTorch (a few minutes the first time)"
-    if has_gpu; then
-        "$python" -m pip install --quiet --quiet "$torch"
-    elif "$python" -m pip install --quiet --quiet -c constraints-cpu.txt torch; then
-        constraints=(-c constraints-cpu.txt)
+    local torch="torch==2.13.0" pins=() found
+    if [ -n "${MOSS_TRAIN_ENV:-}" ] && found=$(usable_torch); then
+        pins=("torch==$found") # somebody chose it
     else
-        fail "pip's index has no CPU build of $torch, and this machine has no NVIDIA GPU.
-       Set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index (see \"Get Started\" on pytorch.org) and run this again."
+        step "installing PyTorch (a few minutes the first time)"
+        if has_gpu; then
+            pins=("$torch")
+        else
+            pins=(-c constraints-cpu.txt)
+            # Only Linux has two builds; elsewhere the plain one is the CPU's.
+            if [ "$(uname -s)" = Linux ] && ! "$python" -m pip install --quiet --quiet --quiet "$torch+cpu"; then
+                printf 'pip finds no %s+cpu: installing plain %s, a larger download\n' "$torch" "$torch" >&2
+            fi
+        fi
+        # A CPU build that is installed satisfies this already.
+        "$python" -m pip install --quiet --quiet "$torch"
     fi
     step "installing moss_train with its video, wandb and dev extras"
-    "$python" -m pip install --quiet --quiet ${constraints[@]+"${constraints[@]}"} -e '.[video,wandb,dev]'
+    "$python" -m pip install --quiet --quiet "${pins[@]}" -e '.[video,wandb,dev]'
 }
 
 if [ -n "${MOSS_TRAIN_ENV:-}" ]; then
