@@ -47,9 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MossTrainError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:  # a folder that cannot be written, a full disk, a file that is not there
+        print(f"error: {' '.join(_describe(error).split())}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _describe(error: OSError) -> str:
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{error.filename}: {reason}" if error.filename is not None else reason
 
 
 def _run(arguments: list[str]) -> int:

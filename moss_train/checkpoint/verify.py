@@ -151,18 +151,46 @@ def _largest(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return (ours.detach() - theirs).abs().max().item()
 
 
+def read_reference(path: Path) -> dict:
+    """The JSON of a reference set; CheckpointError, which names the file, when it has another form."""
+    try:
+        reference = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable JSON file ({error})") from error
+    _demand(path, reference, "the whole", dict)
+    for name in ("config", "rope", "cases"):
+        _demand(path, reference.get(name, {}), name, dict)
+    for name in ("silence_token_weight", "rms_norm_eps", "layernorm_eps_vision"):
+        _demand(path, reference.get(name, 0), name, float)
+    for case, expected in reference.get("cases", {}).items():
+        _demand(path, expected, case, dict)
+        for name, value in expected.items():
+            norms = name == "grad_norms_of_silence_weighted_loss"
+            _demand(path, value, f"{case}.{name}", dict if norms else float)
+            for parameter, norm in value.items() if norms else ():
+                _demand(path, norm, f"{case}.{name}.{parameter}", float)
+    return reference
+
+
+def _demand(path: Path, value: object, name: str, form: type) -> None:
+    legal = isinstance(value, (int, float) if form is float else form)
+    if not legal:
+        wanted = "a number" if form is float else "an object"
+        raise CheckpointError(f"{path}: {name} should be {wanted}, but is {json.dumps(value)[:40]}")
+
+
 def verify(options: VerifyOptions) -> dict:
     """Compare every case; the result has the form of design §7. CheckpointError when the files do not fit."""
-    try:
-        reference = json.loads(Path(options.config).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{options.config}: not a readable JSON file ({error})") from error
+    reference = read_reference(Path(options.config))
     weights, io = read_safetensors(Path(options.weights)), read_safetensors(Path(options.io))
     state = groups.initialize()
     figures, failures = {}, []
     try:
-        config = model_config(reference, options.reference_compat, options.attention)
-        model = VideoModel(config, state.tensor_group)
+        try:
+            config = model_config(reference, options.reference_compat, options.attention)
+            model = VideoModel(config, state.tensor_group)
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise CheckpointError(f"{options.config}: the sizes describe no model ({error})") from error
         import_weights(model, weights, origin=options.weights)
         for case, expected in reference["cases"].items():
             deviations = compare_case(model, reference, io, case)

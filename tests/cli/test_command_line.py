@@ -1,5 +1,7 @@
 """The command line as a user meets it: quick help, one-line errors, exit codes."""
 
+import errno
+import os
 import subprocess
 import sys
 import time
@@ -61,6 +63,23 @@ def test_an_error_leaves_the_process_with_code_2_and_no_traceback():
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and "stages.realtime.optim.lr" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_what_the_file_system_refuses_is_one_line(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    arguments = ["data", "render", f"out={tmp_path / 'file' / 'out'}", "workers=1"]
+    assert main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ") and shown.count("\n") == 1 and "file" in shown and "directory" in shown
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("moss_train.data.render.write_still", full)
+    arguments = ["data", "render", f"out={tmp_path / 'out'}", "workers=1", "align=1"]
+    assert main([*arguments, "temporal=0", "sft=0", "realtime=0", "heldout=0"]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @dataclass

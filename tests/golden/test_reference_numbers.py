@@ -80,6 +80,35 @@ def test_a_missing_file_is_one_clear_error(which, tmp_path, capsys):
     assert "absent" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("", [], "the whole should be an object, but is []"),
+        ("config.x", 3, "sizes describe no model"),
+        ("config.h", "64", "sizes describe no model"),
+        ("config.nh", 0, "sizes describe no model"),
+        ("config", None, "config should be an object, but is null"),
+        ("rope.llama3", 1.5, "sizes describe no model"),
+        ("cases", ["leading_text"], "cases should be an object"),
+        ("cases.frame_first", 3, "frame_first should be an object"),
+        ("cases.frame_first.loss_plain", "5.8", "frame_first.loss_plain should be a number"),
+        ("cases.frame_first.grad_norms_of_silence_weighted_loss", 1.0, "should be an object"),
+    ],
+)
+def test_a_malformed_description_is_one_clear_error(path, value, expected, tmp_path, capsys):
+    reference = json.loads(Path(SET["config"]).read_text())
+    *folders, last = path.split(".")
+    place = reference
+    for name in folders:
+        place = place[name]
+    place[last] = value
+    file = tmp_path / "reference.json"
+    file.write_text(json.dumps(reference if path else value))
+    assert main(["convert", "verify", *(f"{k}={v}" for k, v in (SET | {"config": str(file)}).items())]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(file) in error and expected in error
+
+
 @pytest.fixture(autouse=True, scope="module")
 def process_groups():
     yield
