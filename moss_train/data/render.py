@@ -7,8 +7,6 @@ whatever the number of workers.
 
 import hashlib
 import json
-import os
-import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -21,8 +19,9 @@ from PIL import Image
 from rich.progress import Progress
 
 from moss_train.data.scenes import NATIVE_FPS, Clip
+from moss_train.data.staging import check_target, staged_folder
 from moss_train.data.world import sample_clip
-from moss_train.errors import ConfigError, DataError
+from moss_train.errors import ConfigError
 
 #: what the training stages learn from: source → [(share, kind of sample)]
 SOURCES: dict[str, list[tuple[float, str]]] = {
@@ -58,7 +57,7 @@ class RenderOptions:
     workers: int = 2
     """Processes that render and encode; has no influence on the result."""
     overwrite: bool = False
-    """Replace `out` when an earlier `data render` made it."""
+    """Replace `out` when an earlier `data render` made it by other code or with other options."""
 
     def validate(self) -> None:
         for name in ("align", "temporal", "sft", "realtime", "heldout", "seed"):
@@ -79,7 +78,11 @@ class RenderOptions:
 
 
 def render_command(options: RenderOptions) -> int:
-    """Render the built-in synthetic clips with their captions, conversations and streams."""
+    """Render the built-in synthetic clips with their captions, conversations and streams. What `out` holds already is
+    left as it is when the same code made it from the same options."""
+    if up_to_date(options):
+        print(f"{options.out}: up to date")
+        return 0
     started = time.monotonic()
     counts = render(options, progress=True)
     for (split, source), count in counts.items():
@@ -89,17 +92,18 @@ def render_command(options: RenderOptions) -> int:
 
 
 def render(options: RenderOptions, progress: bool = False) -> dict[tuple[str, str], int]:
-    """Write the folders; returns (split, source) → samples written. `out` appears complete or not at all.
+    """Write the folders; returns (split, source) → samples. `out` appears complete or not at all; one that is up to
+    date stays.
 
-    Raises DataError when `out` holds anything and may not be replaced.
+    Raises DataError when `out` holds anything else and may not be replaced.
     """
     options.validate()
     out = Path(options.out)
-    _check_target(out, options.overwrite)
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    if up_to_date(options):
+        return options.counts()
+    check_target(out, MARKER_NAME, "data render", options.overwrite)
     counts = options.counts()
-    try:
+    with staged_folder(out) as partial:
         tasks = []
         for (split, source), count in counts.items():
             folder = partial / split / source
@@ -122,29 +126,23 @@ def render(options: RenderOptions, progress: bool = False) -> dict[tuple[str, st
                     except BaseException:
                         pool.shutdown(wait=True, cancel_futures=True)
                         raise
-        settings = {
-            name: value for name, value in asdict(options).items() if name not in ("out", "workers", "overwrite")
-        }
-        (partial / MARKER_NAME).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        (partial / MARKER_NAME).write_text(_marker(options), encoding="utf-8")
     return counts
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise DataError(f"{out} is a file: choose another out=…")
-    if not any(out.iterdir()):
-        return
-    if not (out / MARKER_NAME).is_file():
-        raise DataError(f"{out} holds files that `data render` did not write: choose another out=…")
-    if not overwrite:
-        raise DataError(f"{out} is not empty: choose another out=… or give overwrite=true")
+def up_to_date(options: RenderOptions) -> bool:
+    """Whether `out` holds what these options and this code would write."""
+    marker = Path(options.out) / MARKER_NAME
+    return marker.is_file() and marker.read_text(encoding="utf-8", errors="replace") == _marker(options)
+
+
+def _marker(options: RenderOptions) -> str:
+    """What tells one rendering from another: the options that shape it and the code that made it."""
+    settings = {name: value for name, value in asdict(options).items() if name not in ("out", "workers", "overwrite")}
+    code = hashlib.sha256()
+    for name in ("world.py", "scenes.py", "render.py"):
+        code.update(Path(__file__).with_name(name).read_bytes())
+    return json.dumps(settings | {"code": code.hexdigest()}, indent=1) + "\n"
 
 
 def render_sample(seed: int, split: str, source: str, number: int) -> Clip:

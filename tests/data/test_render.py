@@ -124,14 +124,33 @@ def test_a_filled_folder_is_replaced_only_on_demand(tmp_path, capsys):
     assert render_command(RenderOptions(out=str(out), **few)) == 0  # an empty folder is taken
     assert "rendered 1 samples" in capsys.readouterr().out
     with pytest.raises(DataError, match="overwrite=true"):
-        render(RenderOptions(out=str(out), **few))
+        render(RenderOptions(out=str(out), **(few | {"seed": 1})))
     render(RenderOptions(out=str(out), overwrite=True, **(few | {"seed": 1})))
+    assert json.loads((out / "render.json").read_text())["seed"] == 1
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(DataError, match="did not write"):
         render(RenderOptions(out=str(tmp_path / "mine"), overwrite=True, **few))
     assert (tmp_path / "mine" / "thesis.txt").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]  # nothing half-written
+
+
+def test_what_the_same_code_and_options_made_is_left_alone(tmp_path, capsys, monkeypatch):
+    few = {"align": 1, "temporal": 0, "sft": 0, "realtime": 0, "heldout": 0}
+    out = tmp_path / "out"
+    render(RenderOptions(out=str(out), workers=1, **few))
+    still = next(out.rglob("align-train-*.json"))
+    still.write_text("touched")
+    assert render_command(RenderOptions(out=str(out), workers=2, overwrite=True, **few)) == 0
+    assert "up to date" in capsys.readouterr().out and still.read_text() == "touched"
+    # other code: this module's neighbours are read where it believes to stand
+    monkeypatch.setattr("moss_train.data.render.__file__", str(tmp_path / "render.py"))
+    for name in ("world.py", "scenes.py", "render.py"):
+        (tmp_path / name).write_text("# other code")
+    with pytest.raises(DataError, match="other code"):
+        render(RenderOptions(out=str(out), workers=1, **few))
+    render(RenderOptions(out=str(out), workers=1, overwrite=True, **few))
+    assert next(out.rglob("align-train-*.json")).read_text() != "touched"
 
 
 def test_nothing_is_left_when_encoding_fails(tmp_path, monkeypatch):
