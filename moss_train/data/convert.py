@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from moss_train.data.staging import check_target, staged_folder
 from moss_train.errors import ConfigError, DataError, SampleError
 from moss_train.streams.importers.common import Imported
 from moss_train.streams.importers.conversations import import_conversation
@@ -77,16 +78,12 @@ def convert(options: ConvertOptions) -> ConvertSummary:
     """
     options.validate()
     out = Path(options.out)
-    _check_target(out, options.overwrite)
+    check_target(out, MARKER_NAME, "data convert", options.overwrite)
     files = _annotation_files(Path(options.annotations))
     media = _media_by_name(Path(options.media_root))
     written: Counter = Counter()
     quarantined: list[SampleError] = []
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with staged_folder(out) as partial:
         keys: set[str] = set()
         for key, row in READERS[options.source](files):
             try:
@@ -110,25 +107,7 @@ def convert(options: ConvertOptions) -> ConvertSummary:
         if quarantined:
             entries = [{"key": e.key, "reason": e.reason, "exception": type(e).__name__} for e in quarantined]
             _write_lines(partial / QUARANTINE_NAME, entries)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return ConvertSummary(written, tuple(quarantined))
-
-
-def _check_target(out: Path, overwrite: bool) -> None:
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise DataError(f"{out} is a file: choose another out=…")
-    if not any(out.iterdir()):
-        return
-    if not (out / MARKER_NAME).is_file():
-        raise DataError(f"{out} holds files that `data convert` did not write: choose another out=…")
-    if not overwrite:
-        raise DataError(f"{out} is not empty: choose another out=… or give overwrite=true")
 
 
 def _annotation_files(path: Path) -> list[Path]:

@@ -101,7 +101,7 @@ def render(options: RenderOptions, progress: bool = False) -> dict[tuple[str, st
     out = Path(options.out)
     if up_to_date(options):
         return options.counts()
-    check_target(out, MARKER_NAME, "data render", options.overwrite)
+    check_target(out, MARKER_NAME, "data render", options.overwrite, "was made by other code or with other options")
     counts = options.counts()
     with staged_folder(out) as partial:
         tasks = []

@@ -1,8 +1,6 @@
 """`data pack`: a staging folder of samples becomes a folder of webdataset tar shards with their index."""
 
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import webdataset
 
 from moss_train.data.index import INDEX_NAME, build_index, write_index
 from moss_train.data.progress import progress_bar
+from moss_train.data.staging import check_target, staged_folder
 from moss_train.errors import ConfigError, DataError, SampleError
 from moss_train.streams.schema import parse_sample
 
@@ -59,12 +58,8 @@ def pack(
     Raises DataError when `out` exists or no sample is left.
     """
     keys = _staged_keys(source)
-    _check_target(out, overwrite)
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    check_target(out, INDEX_NAME, "data pack", overwrite)
+    with staged_folder(out) as partial:
         rejected: list[SampleError] = []
         packed = 0
         pattern = str(partial).replace("%", "%%") + "/shard-%06d.tar"
@@ -84,20 +79,7 @@ def pack(
         if rejected:
             _write_rejected(partial / REJECTED_NAME, rejected)
         write_index(build_index(partial, progress))
-        _put_in_place(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return packed, rejected
-
-
-def _check_target(out: Path, overwrite: bool) -> None:
-    """Raise DataError unless `out` is free, or a packed source that may be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / INDEX_NAME).is_file():
-        raise DataError(f"{out} holds something that `data pack` did not write: choose another out=…")
-    if not overwrite:
-        raise DataError(f"{out} exists: choose another out=… or give overwrite=true")
 
 
 def _staged_keys(source: Path) -> dict[str, dict[str, Path]]:
@@ -142,12 +124,3 @@ def _write_rejected(path: Path, rejected: list[SampleError]) -> None:
         for error in rejected:
             entry = {"key": error.key, "reason": error.reason, "exception": type(error).__name__}
             out.write(json.dumps(entry, ensure_ascii=False) + "\n")
-
-
-def _put_in_place(partial: Path, out: Path) -> None:
-    """Rename `partial` to `out`; an older `out` is removed only after the new one stands."""
-    old = out.with_name(f"{out.name}.{os.getpid()}.old")
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,54 @@
+"""Output folders that appear complete or not at all, and take the place of an older one only when they are whole."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moss_train.errors import DataError
+
+
+def check_target(out: Path, marker: str, verb: str, overwrite: bool, state: str = "exists and is not empty") -> None:
+    """Raise DataError unless `out` is free, or made by `verb` (it holds the file `marker`) and may be replaced.
+
+    `state` says in the message what is the matter with one that may not.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise DataError(f"{out} is a file: choose another out=…")
+    if not any(out.iterdir()):
+        return
+    if not (out / marker).is_file():
+        raise DataError(f"{out} holds files that `{verb}` did not write: choose another out=…")
+    if not overwrite:
+        raise DataError(f"{out} {state}: choose another out=… or give overwrite=true")
+
+
+@contextmanager
+def staged_folder(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out` that becomes `out` when the block ends, and is removed when the block raises."""
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _put_in_place(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put_in_place(partial: Path, out: Path) -> None:
+    """Rename `partial` to `out`; an older `out` is deleted only after the new one stands, and put back if it cannot."""
+    if not out.exists():
+        partial.rename(out)
+        return
+    old = out.with_name(f"{out.name}.{os.getpid()}.old")
+    out.rename(old)
+    try:
+        partial.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old)
