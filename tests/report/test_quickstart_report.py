@@ -73,6 +73,13 @@ def test_each_threshold_fails_alone(name, value):
     assert build_report(variants(**{name: exact[name]}), RUN).ok
 
 
+@pytest.mark.parametrize(("requirements", "limit"), [(FULL, 600), (SMOKE, 180)])
+def test_a_run_that_takes_too_long_fails(requirements, limit):
+    assert build_report(variants(), RUN | {"seconds": limit}, requirements).ok
+    report = build_report(variants(), RUN | {"seconds": limit + 1}, requirements)
+    assert [failure.split()[0] for failure in report.failures] == ["seconds"]
+
+
 def test_a_weaker_model_that_is_as_good_fails_the_run():
     same = variants()
     same["untrained."] = dict(GOOD)
@@ -89,8 +96,10 @@ def test_a_weaker_model_that_is_as_good_fails_the_run():
 
 def test_smoke_asks_only_that_it_ran():
     poor = {prefix: dict.fromkeys(GOOD, math.nan) | {"n_streams": 8} for prefix in variants()}
-    assert build_report(poor, RUN, SMOKE).ok
-    assert not build_report({"": {}}, RUN, SMOKE).ok
+    run = RUN | {"seconds": 100}
+    report = build_report(poor, run, SMOKE)
+    assert report.ok and report.name == "smoke"
+    assert not build_report({"": {}}, run, SMOKE).ok
 
 
 def test_without_requirements_there_is_no_verdict():
