@@ -1,13 +1,15 @@
 """The training loader: global batches in the order of the run, this rank's rows decoded and collated.
 
 Every rank plans every global batch from compiled lengths (no pixel involved), so all ranks agree on rows and
-microbatches without talking to each other; each decodes only the streams of its own rows. The loader's state is
-(epoch, step, fingerprint), whatever the number of ranks and workers.
+microbatches without talking to each other; each decodes only the streams of its own rows. What only the rank that
+tried can know, a clip that does not decode or a shard that it cannot read, is told to all (`agree`) before the step is
+delivered. The loader's state is (epoch, step, fingerprint), whatever the number of ranks and workers.
 """
 
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,13 @@ from moss_train.data.frame_store import FrameStore, PendingFrames
 from moss_train.data.order import augmentation_rng
 from moss_train.data.packing import CostModel, cut_microbatches, deal_rows, microbatch_count, pack_rows
 from moss_train.data.quarantine import Fault, Quarantine
-from moss_train.errors import ConfigError, DataError, SampleError
+from moss_train.errors import ConfigError, DataError, MossTrainError, SampleError
 from moss_train.streams.compiled import CompiledStream
 from moss_train.streams.config import CompilerConfig
 from moss_train.streams.tokenizer import StreamTokenizer
+
+#: gives every rank's list of JSON values in return for this rank's; all ranks call it once a step
+Agree = Callable[[list[Any]], list[list[Any]]]
 
 
 @dataclass
@@ -39,7 +44,8 @@ class GlobalStep:
     microbatches: list[Batch]  #: this rank's; every rank has as many
     keys: list[str]  #: of the whole global batch, masked samples included
     data_wait_s: float  #: seconds the caller waited for this step
-    masked: int  #: streams left out: over budget or bad on every rank, or failed to decode on this one
+    masked: int  #: streams left out of the whole global batch: over budget or bad
+    quarantined: list[Fault] = field(default_factory=list)  #: samples of all ranks that are new in the ledger
 
 
 @dataclass
@@ -73,10 +79,13 @@ def build_loader(
     data_rank: int = 0,
     data_ranks: int = 1,
     quarantine_path: Path | None = None,
+    agree: Agree | None = None,
 ) -> "Loader":
     """Open every source of the blend. `image_size` in pixels; `quarantine_path` is the ledger to append to.
 
-    Ranks that share a `data_rank` see the same data; give the ledger's path to one of them.
+    Ranks that share a `data_rank` see the same data. Where there are several ranks of either kind, give the ledger's
+    path to one of them and `agree` (`parallel.agreement.gather_lists`) to all: without it each rank masks and counts
+    what it alone could not decode.
     Raises ConfigError for illegal settings, DataError for sources that are missing, damaged or stale.
     """
     data.validate()
@@ -95,7 +104,7 @@ def build_loader(
     blend = Blend([blend_source(c.name, w, c.index) for c, w in zip(corpora, weights, strict=True)], data, seed)
     # Augmented streams differ from epoch to epoch, so keeping them would only fill memory.
     augmented = compiler.jitter_probability > 0
-    return Loader(data, corpora, blend, image_size, augmented, data_rank, data_ranks, quarantine_path)
+    return Loader(data, corpora, blend, image_size, augmented, data_rank, data_ranks, quarantine_path, agree)
 
 
 class Loader:
@@ -111,6 +120,7 @@ class Loader:
         data_rank: int,
         data_ranks: int,
         quarantine_path: Path | None,
+        agree: Agree | None,
     ):
         self._data = data
         self._corpora = corpora
@@ -123,7 +133,10 @@ class Loader:
         pool = DecodePool(data.workers, data.decode_timeout_s) if data.workers else None
         self._store = FrameStore(pool, data.frame_cache_mb)
         self._streams = _StreamCache(data.compiled_cache_mb)
-        self._quarantine = Quarantine(quarantine_path, sum(map(len, corpora)), data.max_bad_fraction)
+        fingerprints = {corpus.name: corpus.index.fingerprint for corpus in corpora}
+        self._quarantine = Quarantine(quarantine_path, sum(map(len, corpora)), data.max_bad_fraction, fingerprints)
+        self._earlier = self._quarantine.earlier  #: faults of the ledger that the other ranks have not heard of yet
+        self._agree = agree or (lambda own: [own])
         self._counters: Counter[str] = Counter()
         self._planned: deque[_Plan] = deque()
         self._next = (0, 0)  #: the step to be delivered next
@@ -197,7 +210,8 @@ class Loader:
         }
 
     def counters(self) -> dict[str, int]:
-        """Since the loader was built: streams delivered, masked and over budget, samples quarantined, clips decoded."""
+        """Since the loader was built, over all ranks: streams delivered, masked (those over budget among them) and
+        samples quarantined; of this rank: clips decoded and served from the cache."""
         return {
             "streams": self._counters["streams"],
             "masked": self._counters["masked"],
@@ -214,13 +228,11 @@ class Loader:
         if self._closed:
             raise RuntimeError("the loader is closed")
         began = time.perf_counter()
-        self._plan_ahead()
-        plan = self._planned.popleft()
-        masked = self._record_faults(plan)
+        plan, quarantined = self._agreed_plan()
+        masked = len(plan.bad) + len(plan.over_budget) + sum(self._is_bad(stream) for stream in plan.streams)
         microbatches = []
         for rows in plan.microbatches:
-            kept = [[s for s in row if self._has_frames(plan, s)] for row in rows]
-            masked += sum(map(len, rows)) - sum(map(len, kept))
+            kept = [[s for s in row if not self._is_bad(plan.streams[s])] for row in rows]
             microbatches.append(
                 collate(
                     [[(plan.streams[s].compiled, self._frames(plan, s)) for s in row] for row in kept],
@@ -228,13 +240,48 @@ class Loader:
                     [[plan.streams[s].corpus.name for s in row] for row in kept],
                 )
             )
-            self._counters["streams"] += sum(map(len, kept))
+        self._counters["streams"] += len(plan.keys) - masked
         self._counters["masked"] += masked
+        self._counters["over_budget"] += len(plan.over_budget)
         self._next = self._after(plan.epoch, plan.step)
-        # The next steps' clips are decoded while this one is trained.
-        self._plan_ahead()
+        # The next steps' clips are decoded while this one is trained. What cannot be read is raised by the next call,
+        # where all ranks agree on it.
+        with suppress(MossTrainError):
+            self._plan_ahead()
         waited = time.perf_counter() - began
-        return GlobalStep(plan.epoch, plan.step, microbatches, plan.keys, waited, masked)
+        return GlobalStep(plan.epoch, plan.step, microbatches, plan.keys, waited, masked, quarantined)
+
+    def _agreed_plan(self) -> tuple[_Plan, list[Fault]]:
+        """The next step, decoded, and the samples that failed in it for the first time.
+
+        All ranks learn of every rank's failures and count the same, so that all mask the same streams and all stop
+        together; a rank that stopped alone would leave the others waiting for it.
+        """
+        faults, error = list(self._earlier), None
+        try:
+            self._plan_ahead()
+            faults += self._decode(self._planned[0])
+        except MossTrainError as caught:
+            error = caught
+        told = self._agree([fault.to_json() for fault in faults] + ([{"error": str(error)}] if error else []))
+        if error is not None:
+            raise error
+        for rank, entries in enumerate(told):
+            if entries and "error" in entries[-1]:
+                raise DataError(f"rank {rank}: {entries[-1]['error']}")
+        self._earlier = []
+        plan = self._planned.popleft()
+        if plan.over_budget and not plan.streams:
+            tokens = min(len(stream.ids) for stream in plan.over_budget)
+            frames = min(len(stream.frames) for stream in plan.over_budget)
+            raise DataError(
+                f"every stream of epoch {plan.epoch} step {plan.step} is over budget (smallest: {tokens} tokens, "
+                f"{frames} frames): raise data.pack_text_tokens={self._data.pack_text_tokens} or "
+                f"data.pack_frames={self._data.pack_frames}"
+            )
+        known_to_all = [self._fault(corpus, error, plan, "compiler") for corpus, error in plan.bad]
+        told_faults = [Fault(**entry) for entries in told for entry in entries]
+        return plan, self._quarantine.add([*told_faults, *known_to_all])
 
     def _after(self, epoch: int, step: int) -> tuple[int, int]:
         return (epoch, step + 1) if step + 1 < self.steps_per_epoch(epoch) else (epoch + 1, 0)
@@ -272,7 +319,7 @@ class Loader:
         for number in (stream for run in plan.microbatches for row in run for stream in row):
             stream = plan.streams[number]
             # A sample that failed before stays in its row's plan, which all ranks share, but is not tried again.
-            if self._quarantine.reason(stream.corpus.name, stream.compiled.key) is None:
+            if not self._is_bad(stream):
                 plan.frames[number] = self._store.request(stream.corpus, stream.compiled.key, stream.compiled.frames)
         return plan
 
@@ -289,41 +336,38 @@ class Loader:
             self._streams.put(corpus.name, key, compiled)
         return compiled
 
-    def _record_faults(self, plan: _Plan) -> int:
-        """Quarantine what did not compile, count what is over budget; returns the number of streams masked."""
-        for corpus, error in plan.bad:
-            self._add_fault(corpus, error, plan, "compiler", self._rank == 0)
-        self._counters["over_budget"] += len(plan.over_budget)
-        if plan.over_budget and not plan.streams:
-            tokens = min(len(stream.ids) for stream in plan.over_budget)
-            frames = min(len(stream.frames) for stream in plan.over_budget)
-            raise DataError(
-                f"every stream of epoch {plan.epoch} step {plan.step} is over budget (smallest: {tokens} tokens, "
-                f"{frames} frames): raise data.pack_text_tokens={self._data.pack_text_tokens} or "
-                f"data.pack_frames={self._data.pack_frames}"
-            )
-        return len(plan.bad) + len(plan.over_budget)
+    def _is_bad(self, stream: _Stream) -> bool:
+        return self._quarantine.reason(stream.corpus.name, stream.compiled.key) is not None
 
-    def _has_frames(self, plan: _Plan, number: int) -> bool:
-        """Whether this rank's stream can be delivered; waits for its decoding."""
-        stream = plan.streams[number]
-        if number not in plan.frames:
-            return False
-        try:
-            self._frames(plan, number)
-        except SampleError as error:
-            self._add_fault(stream.corpus, error, plan, self._data.decoder, True)
-            return False
-        return True
+    def _decode(self, plan: _Plan) -> list[Fault]:
+        """Wait for the frames of this rank's streams; returns those that do not decode and are not known yet."""
+        faults = []
+        for number in plan.frames:
+            stream = plan.streams[number]
+            if self._is_bad(stream):
+                continue
+            try:
+                self._frames(plan, number)
+            except SampleError as error:
+                faults.append(self._fault(stream.corpus, error, plan, self._data.decoder))
+        return faults
 
     def _frames(self, plan: _Plan, number: int) -> torch.Tensor:
         frames = plan.frames[number]
         return frames.result() if isinstance(frames, PendingFrames) else frames
 
-    def _add_fault(self, corpus: Corpus, error: SampleError, plan: _Plan, backend: str, write: bool) -> None:
-        exception = error.exception if isinstance(error, DecodeFailure) else type(error.__cause__ or error).__name__
-        shard = corpus.shard_name(error.key)
-        self._quarantine.add(error, Fault(corpus.name, shard, plan.epoch, plan.step, backend, exception), write)
+    def _fault(self, corpus: Corpus, error: SampleError, plan: _Plan, backend: str) -> Fault:
+        return Fault(
+            key=error.key,
+            source=corpus.name,
+            fingerprint=corpus.index.fingerprint,
+            shard=corpus.shard_name(error.key),
+            reason=error.reason,
+            exception=error.exception if isinstance(error, DecodeFailure) else type(error.__cause__ or error).__name__,
+            backend=backend,
+            epoch=plan.epoch,
+            step=plan.step,
+        )
 
 
 class _StreamCache:

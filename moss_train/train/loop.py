@@ -57,6 +57,8 @@ def train(
         progress.streams += len(batch.keys)
         progress.seconds += time.perf_counter() - began
         record_step(tracker, batch, output, time.perf_counter() - began)
+        for fault in batch.quarantined:
+            tracker.event("quarantine", progress.step, key=fault.key, source=fault.source, reason=fault.reason)
 
         if evaluate is not None and _every(stage.eval_every, progress.step):
             for name, value in evaluate().items():

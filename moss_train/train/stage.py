@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from moss_train.model.groups import trainable_names
 from moss_train.model.video_model import VideoModel
 from moss_train.objectives.streaming_loss import StreamingLoss
 from moss_train.parallel import groups
+from moss_train.parallel.agreement import gather_lists
 from moss_train.report.tracker import Tracker
 from moss_train.streams.tokenizer import StreamTokenizer
 from moss_train.train.compose import resolved_dict
@@ -113,7 +115,8 @@ def run_stage(
         run.seed,
         state.data_rank,
         state.data_ranks,
-        plan.directory / "quarantine.jsonl",
+        _ledger(plan) if state.is_main else None,
+        gather_lists,
     ) as loader:
         stage = _Stage(run, plan, tokenizer, engine, loader, Progress(total=plan.steps))
         if newest is not None:
@@ -126,5 +129,21 @@ def run_stage(
 
         evaluate = partial(evaluator.figures, model, plan.config.compiler) if evaluator is not None else None
         signal = train(plan.config, engine, loader, tracker, stage.progress, save, evaluate, stop)
+        counters = loader.counters()
+        tracker.event("data", stage.progress.step, **counters)
+        if state.is_main and counters["masked"]:
+            print(f"{plan.name}: {_losses(counters, plan)}", flush=True)
         tracker.end_stage(completed=not signal)
     return signal
+
+
+def _losses(counters: dict[str, int], plan: StagePlan) -> str:
+    masked, over_budget = counters["masked"], counters["over_budget"]
+    text = f"{masked} of {masked + counters['streams']} streams were left out: {over_budget} over budget"
+    if counters["quarantined"]:
+        text += f", {masked - over_budget} of {counters['quarantined']} bad samples, see {_ledger(plan)}"
+    return text
+
+
+def _ledger(plan: StagePlan) -> Path:
+    return plan.directory / "quarantine.jsonl"

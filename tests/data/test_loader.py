@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,7 @@ from data_samples import (
 )
 
 from moss_train.data.config import DataConfig, SourceConfig
-from moss_train.data.loader import GlobalStep, Loader, build_loader
+from moss_train.data.loader import Agree, GlobalStep, Loader, build_loader
 from moss_train.errors import ConfigError, DataError
 from moss_train.streams.config import CompilerConfig, TokenizerConfig
 from moss_train.streams.tokenizer import load_tokenizer
@@ -43,11 +46,12 @@ def loader_of(
     quarantine: Path | None = None,
     compiler: CompilerConfig | None = None,
     seed: int = 3,
+    agree: Agree | None = None,
     **data: object,
 ) -> Loader:
     settings = {"global_batch_size": 6, "micro_batch_rows": 2, "pack_text_tokens": 200, "pack_frames": 20}
     config = DataConfig(sources={"main": SourceConfig(path=str(path))}, **(settings | {"workers": 0} | data))
-    return build_loader(config, compiler or CompilerConfig(), TOKENIZER, 64, seed, rank, ranks, quarantine)
+    return build_loader(config, compiler or CompilerConfig(), TOKENIZER, 64, seed, rank, ranks, quarantine, agree)
 
 
 def content(step: GlobalStep) -> dict[str, str]:
@@ -260,19 +264,103 @@ def test_bad_samples_are_masked_and_written_to_the_ledger(damaged: Path, tmp_pat
         assert entry["source"] == "main" and entry["shard"].startswith("shard-00000") and entry["epoch"] == 0
 
 
-def test_ranks_agree_on_rows_though_one_alone_meets_a_bad_clip(damaged: Path, tmp_path: Path):
+class Ranks:
+    """Loaders of several ranks, each in a thread, that tell each other what they met."""
+
+    def __init__(self, path: Path, count: int, ledger: Path, **settings: object):
+        self._told: dict[int, list] = {}
+        self._meeting = threading.Barrier(count, timeout=60)
+        self._threads = ThreadPoolExecutor(count)
+        self.loaders = [
+            loader_of(path, rank, count, ledger if rank == 0 else None, agree=partial(self._agree, rank), **settings)
+            for rank in range(count)
+        ]
+
+    def _agree(self, rank: int, own: list) -> list[list]:
+        self._told[rank] = json.loads(json.dumps(own))
+        self._meeting.wait()
+        told = [self._told[rank] for rank in range(len(self.loaders))]
+        self._meeting.wait()
+        return told
+
+    def step(self) -> list[GlobalStep | Exception]:
+        """What `next` gives or raises on every rank."""
+        futures = [self._threads.submit(next, loader) for loader in self.loaders]
+        return [future.exception(60) or future.result() for future in futures]
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        for loader in self.loaders:
+            loader.close()
+
+
+def keys_of(ledger: Path) -> list[str]:
+    return sorted(json.loads(line)["key"] for line in ledger.read_text().splitlines())
+
+
+def test_ranks_agree_on_what_one_alone_could_not_decode(damaged: Path, tmp_path: Path):
     ledger = tmp_path / "quarantine.jsonl"
-    loaders = [
-        loader_of(damaged, rank, 2, quarantine=ledger, max_bad_fraction=0.5, global_batch_size=7) for rank in range(2)
-    ]
-    alone = steps_of(loader_of(damaged, max_bad_fraction=0.5, global_batch_size=7), 4)
+    settings = {"max_bad_fraction": 0.5, "global_batch_size": 7}
+    alone = steps_of(loader_of(damaged, **settings), 4)
+    ranks = Ranks(damaged, 2, ledger, **settings)
     for whole in alone:
-        steps = [next(loader) for loader in loaders]
+        steps = ranks.step()
         assert len({len(step.microbatches) for step in steps}) == 1
         assert content(steps[0]) | content(steps[1]) == content(whole)
-    # What all ranks know is in the common ledger once; a clip that breaks off is, once a rank that met it.
-    keys = Counter(json.loads(line)["key"] for line in ledger.read_text().splitlines())
-    assert keys.pop("breaks") in (1, 2) and keys == {"absent": 1, "json": 1, "noise": 1}
+        assert [step.masked for step in steps] == [whole.masked] * 2
+        assert steps[0].quarantined == steps[1].quarantined
+        assert {f.key for f in steps[0].quarantined} == {f.key for f in whole.quarantined}
+    ranks.close()
+    assert keys_of(ledger) == ["absent", "breaks", "json", "noise"]
+    for loader in ranks.loaders:
+        counters = loader.counters()
+        assert (counters["quarantined"], counters["masked"], counters["streams"]) == (4, 8, 20)
+
+
+def test_all_ranks_stop_together_when_the_budget_is_exceeded(damaged: Path, tmp_path: Path):
+    ranks = Ranks(damaged, 3, tmp_path / "quarantine.jsonl", max_bad_fraction=0.2, global_batch_size=14)
+    errors = ranks.step()
+    ranks.close()
+    assert all(isinstance(error, DataError) and "4 of 14 samples" in str(error) for error in errors)
+    assert len(keys_of(tmp_path / "quarantine.jsonl")) == 4
+
+
+def test_what_one_rank_cannot_read_stops_all(folder: Path, tmp_path: Path, monkeypatch):
+    ranks = Ranks(folder, 2, tmp_path / "quarantine.jsonl")
+
+    def gone(*_: object) -> None:
+        raise DataError("the disk is gone")
+
+    monkeypatch.setattr(ranks.loaders[1]._store, "request", gone)
+    first, second = ranks.step()
+    ranks.close()
+    assert str(first) == "rank 1: the disk is gone" and str(second) == "the disk is gone"
+
+
+def test_counts_survive_a_resume_and_no_line_is_doubled(damaged: Path, tmp_path: Path):
+    ledger = tmp_path / "quarantine.jsonl"
+    settings = {"max_bad_fraction": 0.5, "global_batch_size": 7}
+    whole = steps_of(loader_of(damaged, quarantine=ledger, **settings), 4)
+    before = ledger.read_text()
+    ranks = Ranks(damaged, 2, ledger, **settings)
+    steps = ranks.step()
+    ranks.close()
+    assert [loader.counters()["quarantined"] for loader in ranks.loaders] == [4, 4]
+    assert [step.masked for step in steps] == [whole[0].masked] * 2 and not steps[0].quarantined
+    assert ledger.read_text() == before
+    # The budget counts what an earlier run has met.
+    with (
+        loader_of(damaged, quarantine=ledger, max_bad_fraction=0.2) as loader,
+        pytest.raises(DataError, match="4 of 14"),
+    ):
+        next(loader)
+    # Faults of other data do not count.
+    ledger.write_text(before.replace('"fingerprint": "', '"fingerprint": "0'))
+    with loader_of(damaged, quarantine=ledger, **settings) as loader:
+        assert sum(len(next(loader).quarantined) for _ in range(2)) == 4 == loader.counters()["quarantined"]
+    ledger.write_text(before + '{"key"')
+    with pytest.raises(DataError, match="quarantine.jsonl line 5 is no entry"):
+        loader_of(damaged, quarantine=ledger, **settings)
 
 
 def test_too_many_bad_samples_stop_the_run(damaged: Path, tmp_path: Path):
@@ -280,8 +368,8 @@ def test_too_many_bad_samples_stop_the_run(damaged: Path, tmp_path: Path):
     with loader_of(damaged, quarantine=ledger, max_bad_fraction=0.14) as loader, pytest.raises(DataError) as caught:
         for _ in range(3):
             next(loader)
-    assert "3 of 14 samples are bad" in str(caught.value) and str(ledger) in str(caught.value)
-    with loader_of(damaged, max_bad_fraction=0.0) as loader, pytest.raises(DataError, match="1 of 14"):
+    assert "4 of 14 samples are bad" in str(caught.value) and str(ledger) in str(caught.value)
+    with loader_of(damaged, max_bad_fraction=0.0) as loader, pytest.raises(DataError, match="2 of 14"):
         for _ in range(3):
             next(loader)
 
