@@ -1,8 +1,8 @@
-"""A procedural world that a tiny model learns in minutes: identical blocks of one colour in one quarter of the screen.
+"""A procedural world that a tiny model learns in minutes: identical big blocks of one colour in one place.
 
-A scene is (colour, side, height, count) or an empty screen. A clip shows a sequence of scenes; two neighbouring scenes
-of one clip differ in exactly one attribute (or one of them is empty). Scenes change half-way between whole seconds, so
-that sampling at whole frames per second is never ambiguous. Everything here is a pure function of a numpy generator.
+A scene is (colour, place, count) or an empty screen. A clip shows a sequence of scenes; two neighbouring scenes of one
+clip differ in exactly one attribute (or one of them is empty). Scenes change half-way between whole seconds, so that
+sampling at whole frames per second is never ambiguous. Everything here is a pure function of a numpy generator.
 
 The held-out split shows combinations that the training split never shows, while every single attribute value and
 every pair of values occurs in training.
@@ -10,7 +10,6 @@ every pair of values occurs in training.
 Shape suffixes: F frames, H height, W width.
 """
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,28 +20,21 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "blue": (40, 75, 235),
     "yellow": (235, 215, 40),
 }
-SIDES = ("left", "right")
-HEIGHTS = ("top", "bottom")
+PLACES = ("left", "right", "top", "bottom")
 COUNTS = ("one", "two", "three")
-ATTRIBUTES: dict[str, tuple[str, ...]] = {
-    "colour": tuple(COLOURS),
-    "side": SIDES,
-    "height": HEIGHTS,
-    "count": COUNTS,
-}
+ATTRIBUTES: dict[str, tuple[str, ...]] = {"colour": tuple(COLOURS), "place": PLACES, "count": COUNTS}
 
-NATIVE_SIZE = 112  #: pixels; every block is at least 8 px wide after a resize to 56 px
+NATIVE_SIZE = 112  #: pixels; every block is at least 11 px wide after a resize to 56 px
 NATIVE_FPS = 4.0
 SPLITS = ("train", "heldout")
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What is on screen: `count` identical blocks of one `colour` in the quarter given by `side` and `height`."""
+    """What is on screen: `count` identical blocks of one `colour` along the `place` border."""
 
     colour: str
-    side: str
-    height: str
+    place: str
     count: str
 
     def value(self, attribute: str) -> str:
@@ -52,19 +44,21 @@ class Scene:
         return Scene(**{**self.__dict__, attribute: value})
 
     def caption(self) -> str:
-        return f"{self.count} {self.colour} block{'' if self.count == 'one' else 's'} {self.height} {self.side}"
+        where = f"on the {self.place}" if self.place in ("left", "right") else f"at the {self.place}"
+        return f"{self.count} {self.colour} block{'' if self.count == 'one' else 's'} {where}"
 
 
 def is_heldout(scene: Scene) -> bool:
-    """Whether a combination belongs to the held-out split (16 of 48).
+    """Whether a combination belongs to the held-out split (8 of 48).
 
-    A Latin pattern: every colour in every quarter lacks one count in training, another one in each, so an unseen
-    combination must be put together from parts that were learnt apart.
+    Every pair of values lacks at most one value of the third attribute in training, so an unseen combination is put
+    together from parts that were learnt apart.
     """
-    return sum(ATTRIBUTES[name].index(scene.value(name)) for name in ATTRIBUTES) % 3 == 0
+    colour, place, count = (ATTRIBUTES[name].index(scene.value(name)) for name in ATTRIBUTES)
+    return (colour + place) % 2 == 0 and count == (colour // 2 + place) % 3
 
 
-ALL_SCENES = tuple(Scene(*values) for values in itertools.product(*ATTRIBUTES.values()))
+ALL_SCENES = tuple(Scene(c, p, n) for c in COLOURS for p in PLACES for n in COUNTS)
 SCENES: dict[str, tuple[Scene, ...]] = {
     "train": tuple(s for s in ALL_SCENES if not is_heldout(s)),
     "heldout": tuple(s for s in ALL_SCENES if is_heldout(s)),
@@ -72,7 +66,7 @@ SCENES: dict[str, tuple[Scene, ...]] = {
 
 
 def neighbours(scene: Scene, attribute: str, split: str) -> list[Scene]:
-    """What `scene` may change into in `split`, in `attribute` alone; may be empty in training.
+    """What `scene` may change into in `split`, in `attribute` alone; never empty.
 
     Training shows seen combinations only. A held-out clip changes from or to an unseen combination wherever the
     attribute allows it.
@@ -98,13 +92,9 @@ class Look:
         return Look(
             background=tuple(int(base + d) for d in rng.integers(-6, 7, 3)),
             tint=tuple(int(d) for d in rng.integers(-14, 15, 3)),
-            block_px=int(rng.integers(17, 20)),
-            shift_px=(int(rng.integers(-2, 3)), int(rng.integers(-2, 3))),
+            block_px=int(rng.integers(23, 28)),
+            shift_px=(int(rng.integers(-3, 4)), int(rng.integers(-3, 4))),
         )
-
-
-#: centres of the first, second and third block from the middle of their quarter; native pixels
-_PLACES_IN_QUARTER = ((-12, -12), (12, 12), (12, -12))
 
 
 def draw_scene(scene: Scene | None, look: Look) -> np.ndarray:
@@ -114,12 +104,14 @@ def draw_scene(scene: Scene | None, look: Look) -> np.ndarray:
     if scene is None:
         return image_HWC
     colour = np.clip(np.add(COLOURS[scene.colour], look.tint), 0, 255).astype(np.uint8)
-    quarter = NATIVE_SIZE // 2
-    left = 0 if scene.side == "left" else quarter
-    top = 0 if scene.height == "top" else quarter
-    for x, y in _PLACES_IN_QUARTER[: COUNTS.index(scene.count) + 1]:
-        x0 = round(left + quarter / 2 + x + look.shift_px[0] - look.block_px / 2)
-        y0 = round(top + quarter / 2 + y + look.shift_px[1] - look.block_px / 2)
+    pitch = 35
+    count = COUNTS.index(scene.count) + 1
+    near = 20 if scene.place in ("left", "top") else NATIVE_SIZE - 20
+    for k in range(count):
+        along = NATIVE_SIZE / 2 + (k - (count - 1) / 2) * pitch
+        x, y = (near, along) if scene.place in ("left", "right") else (along, near)
+        x0 = int(np.clip(round(x + look.shift_px[0] - look.block_px / 2), 0, NATIVE_SIZE - look.block_px))
+        y0 = int(np.clip(round(y + look.shift_px[1] - look.block_px / 2), 0, NATIVE_SIZE - look.block_px))
         image_HWC[y0 : y0 + look.block_px, x0 : x0 + look.block_px] = colour
     return image_HWC
 
@@ -186,8 +178,6 @@ def next_scene(rng: np.random.Generator, scene: Scene, split: str, attributes: l
 
     The attribute is drawn first, so that each is as frequent as the others.
     """
-    for attribute in rng.permutation(attributes):
-        found = neighbours(scene, str(attribute), split)
-        if found:
-            return found[int(rng.integers(len(found)))], str(attribute)
-    raise ValueError(f"{scene} cannot change in {attributes} within split {split!r}")
+    attribute = str(rng.choice(attributes))
+    found = neighbours(scene, attribute, split)
+    return found[int(rng.integers(len(found)))], attribute

@@ -25,24 +25,12 @@ from moss_train.data.scenes import (
     Scene,
     Timeline,
     first_scene,
-    neighbours,
     next_scene,
 )
 
 STREAM_SECONDS = 12
 SYSTEM = "Answer what you see now."
-QUESTIONS = {
-    "colour": "What colour is it?",
-    "side": "Is it left or right?",
-    "height": "Is it top or bottom?",
-    "count": "How many are there?",
-}
-QUESTIONS_ABOUT_THE_START = {
-    "colour": "What colour was it first?",
-    "side": "Was it left or right first?",
-    "height": "Was it top or bottom first?",
-    "count": "How many were there first?",
-}
+QUESTIONS = {"colour": "What colour is it?", "place": "Where is it?", "count": "How many are there?"}
 DESCRIBE = "Describe it."
 
 #: share of each behaviour among streams; see `sample_stream`
@@ -67,8 +55,9 @@ def revision_text(scene: Scene, attribute: str) -> str:
 
 
 def description(scene: Scene) -> str:
+    where = f"on the {scene.place}" if scene.place in ("left", "right") else f"at the {scene.place}"
     blocks = "is one block" if scene.count == COUNTS[0] else f"are {scene.count} blocks"
-    return f"It is {scene.colour}, {scene.height} {scene.side}, and there {blocks}."
+    return f"It is {scene.colour}, {where}, and there {blocks}."
 
 
 @dataclass
@@ -149,10 +138,7 @@ class _Script:
             others = [name for name in ATTRIBUTES if name not in settled]
             before = self.scene
             assert before is not None
-            wanted = [asked] if self.rng.random() < 0.5 else others
-            if not any(neighbours(before, attribute, self.split) for attribute in wanted):
-                wanted = [asked] if wanted is others else others
-            scene, changed = next_scene(self.rng, before, self.split, wanted)
+            scene, changed = next_scene(self.rng, before, self.split, [asked] if self.rng.random() < 0.5 else others)
             self.show(scene, frame)
             if changed == asked:
                 old = self.events[-1]["text"]
@@ -349,7 +335,7 @@ def sample_clip_caption(rng: np.random.Generator, split: str, key: str) -> Clip:
 
 
 def sample_conversation(rng: np.random.Generator, split: str, key: str) -> Clip:
-    """Questions about the first or the last scene of a clip, asked after it, then three claims to confirm or deny.
+    """Questions about the first or the last scene of a clip, asked after it, then two claims to confirm or deny.
 
     Telling whether a claim still holds is what a revision needs: comparing what was said with what is shown.
     """
@@ -358,11 +344,14 @@ def sample_conversation(rng: np.random.Generator, split: str, key: str) -> Clip:
     messages = []
     for attribute in rng.permutation(list(ATTRIBUTES))[: int(rng.integers(1, 3))]:
         last = rng.random() < 0.7
-        question = (QUESTIONS if last else QUESTIONS_ABOUT_THE_START)[attribute]
+        question = (
+            QUESTIONS[attribute] if last else QUESTIONS[attribute].replace(" is ", " was ").replace("are", "were")
+        )
+        question = question if last else question.replace("?", " first?")
         placeholder = "" if messages else "<|video|>"
         messages.append({"role": "user", "content": placeholder + question})
         messages.append({"role": "assistant", "content": answer_text(shown[-1 if last else 0], attribute)})
-    for attribute in rng.choice(list(ATTRIBUTES), 3):
+    for attribute in rng.choice(list(ATTRIBUTES), 2):
         true = shown[-1].value(attribute)
         claimed = str(rng.choice([true, str(rng.choice([v for v in ATTRIBUTES[attribute] if v != true]))]))
         messages.append({"role": "user", "content": f"Is it {claimed} now?"})
@@ -373,7 +362,7 @@ def sample_conversation(rng: np.random.Generator, split: str, key: str) -> Clip:
 
 def sample_text(rng: np.random.Generator, split: str, key: str) -> Clip:
     """A conversation without any medium."""
-    value = str(rng.choice(ATTRIBUTES["colour"] + ATTRIBUTES["side"] + ATTRIBUTES["height"]))
+    value = str(rng.choice(list(ATTRIBUTES["colour"]) + list(ATTRIBUTES["place"])))
     if value in ATTRIBUTES["colour"]:
         question, answer = f"Is {value} a colour?", "Yes."
     else:

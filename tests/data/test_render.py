@@ -15,21 +15,25 @@ from moss_train.streams.schema import parse_sample
 
 
 def look_at(image_HWC: np.ndarray) -> Scene | None:
-    """The scene by a simple rule: bright pixels are blocks; where they are, their colour and how many they are."""
+    """The scene by a simple rule: the median background is cut away, blocks are counted along the border they fill."""
     image = image_HWC.astype(np.int32)
     bright = image.max(-1) > 110
     if bright.sum() < 100:
         return None
     mean = np.median(image[bright], axis=0)
     colour = min(COLOURS, key=lambda name: float(np.abs(mean - COLOURS[name]).sum()))
-    rows, columns = np.nonzero(bright)
-    half = image.shape[0] // 2
-    side = "left" if columns.mean() < half else "right"
-    height = "top" if rows.mean() < half else "bottom"
-    # each block has a quarter of the quarter to itself
-    cells = bright.reshape(4, half // 2, 4, half // 2).mean((1, 3))
-    count = int((cells > 0.2).sum())
-    return Scene(colour, side, height, ("one", "two", "three")[count - 1])
+    rows, columns = (bright.sum(axis) > 8 for axis in (1, 0))
+
+    def runs(line: np.ndarray) -> int:
+        return int(line[0]) + int((np.diff(line.astype(int)) == 1).sum())
+
+    size = image.shape[0]
+    y, x = (float(np.flatnonzero(line).mean()) / size - 0.5 for line in (rows, columns))
+    if abs(x) > abs(y):
+        place, count = ("left" if x < 0 else "right"), runs(rows)
+    else:
+        place, count = ("top" if y < 0 else "bottom"), runs(columns)
+    return Scene(colour, place, ("one", "two", "three")[count - 1])
 
 
 @pytest.fixture(scope="module")
