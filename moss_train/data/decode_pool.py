@@ -109,20 +109,17 @@ class _DecoderProcess:
         self._deadline = math.inf
 
     def decode(self, job: DecodeJob, timeout_s: float) -> DecodedArrays:
-        """Run one job; raises SampleError, also when the process dies or misses the deadline over it."""
+        """Run one job; raises SampleError, also when the process dies, misses the deadline or talks nonsense over it.
+
+        Raises DataError when the process does not start, which is no fault of the sample.
+        """
+        if self._deadline == math.inf:
+            self._await_start()
         try:
-            if self._deadline == math.inf:
-                self._deadline = time.monotonic() + START_TIMEOUT_S
-                if self._read_line() != b"ready":
-                    raise EOFError
             self._deadline = time.monotonic() + timeout_s
             self._process.stdin.write(json.dumps(job.to_json()).encode() + b"\n")
             self._process.stdin.flush()
-            header = json.loads(self._read_line())
-            if "failed" in header:
-                raise _error_of(header, job.key)
-            frames = np.frombuffer(self._read(math.prod(header["shape"])), np.uint8).reshape(header["shape"])
-            return DecodedArrays(frames, header["backend"], np.array(header["times_s"]), header["note"])
+            return self._read_reply(job.key)
         except TimeoutError as error:
             self.usable = False
             raise SampleError(job.key, f"decoding took longer than data.decode_timeout_s={timeout_s:g}") from error
@@ -130,6 +127,34 @@ class _DecoderProcess:
             self.usable = False
             code = self._process.wait()
             raise SampleError(job.key, f"the decoder process died over it (exit code {code})") from error
+        except (ValueError, TypeError, KeyError) as error:
+            # Nobody knows where the next reply would begin.
+            self.usable = False
+            raise SampleError(job.key, "the decoder process gave a reply that cannot be read") from error
+
+    def _await_start(self) -> None:
+        """Wait until the process is ready; DataError when it never is: its imports fail, or the machine is too busy."""
+        self._deadline = time.monotonic() + START_TIMEOUT_S
+        try:
+            line = self._read_line()
+        except TimeoutError as error:
+            self.usable = False
+            raise DataError(f"a decoder process did not start within {START_TIMEOUT_S:g} s") from error
+        except EOFError as error:
+            self.usable = False
+            raise DataError(
+                f"a decoder process could not start (exit code {self._process.wait()}); its own message stands above"
+            ) from error
+        if line != b"ready":
+            self.usable = False
+            raise DataError(f"a decoder process started with {line[:80]!r} instead of being ready")
+
+    def _read_reply(self, key: str) -> DecodedArrays:
+        header = json.loads(self._read_line())
+        if "failed" in header:
+            raise _error_of(header, key)
+        frames = np.frombuffer(self._read(math.prod(header["shape"])), np.uint8).reshape(header["shape"])
+        return DecodedArrays(frames, header["backend"], np.array(header["times_s"]), header["note"])
 
     def kill(self) -> None:
         self.usable = False

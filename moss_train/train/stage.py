@@ -141,7 +141,7 @@ def _losses(counters: dict[str, int], plan: StagePlan) -> str:
     masked, over_budget = counters["masked"], counters["over_budget"]
     text = f"{masked} of {masked + counters['streams']} streams were left out: {over_budget} over budget"
     if counters["quarantined"]:
-        text += f", {masked - over_budget} of {counters['quarantined']} bad samples, see {_ledger(plan)}"
+        text += f", {masked - over_budget} from {counters['quarantined']} bad samples, see {_ledger(plan)}"
     return text
 
 

@@ -85,6 +85,49 @@ def test_a_process_that_crashes_costs_one_sample(tmp_path: Path):
         pool.close()
 
 
+def replace_worker(monkeypatch, code: str) -> None:
+    """Decoder processes run `code` instead."""
+    start = subprocess.Popen
+    monkeypatch.setattr(
+        "moss_train.data.decode_pool.subprocess.Popen",
+        lambda command, **options: start([command[0], "-c", code], **options),
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("import no_such_module", "could not start .exit code 1."),
+        ("import time; time.sleep(60)", "did not start within 0.5 s"),
+        ("print('hello')", "started with b'hello'"),
+    ],
+)
+def test_a_process_that_does_not_start_is_no_fault_of_the_sample(tmp_path: Path, monkeypatch, code, expected):
+    monkeypatch.setattr("moss_train.data.decode_pool.START_TIMEOUT_S", 0.5 if "sleep" in code else 60)
+    replace_worker(monkeypatch, code)
+    pool = DecodePool(1, 60)
+    try:
+        with pytest.raises(DataError, match=expected):
+            pool.submit(job_of(tmp_path / "a", numbered_clip(3, 4))).result(60)
+        monkeypatch.undo()
+        assert len(pool.submit(job_of(tmp_path / "b", numbered_clip(3, 4))).result(60).frames) == 2
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("reply", ["{oops", "3", "[]", '{"backend": "x"}', '{"failed": "sample"}', '{"shape": "a"}'])
+def test_a_process_that_talks_nonsense_is_replaced(tmp_path: Path, monkeypatch, reply):
+    replace_worker(monkeypatch, f"print('ready', flush=True); input(); print({reply!r}, flush=True); input()")
+    pool = DecodePool(1, 60)
+    try:
+        with pytest.raises(SampleError, match="'bad': the decoder process gave a reply"):
+            pool.submit(job_of(tmp_path / "a", numbered_clip(3, 4), "bad")).result(60)
+        monkeypatch.undo()
+        assert len(pool.submit(job_of(tmp_path / "b", numbered_clip(3, 4))).result(60).frames) == 2
+    finally:
+        pool.close()
+
+
 def test_closing_cancels_what_waits(tmp_path: Path):
     pool = DecodePool(1, 60)
     futures = [pool.submit(job_of(tmp_path / f"{n}", numbered_clip(3, 4))) for n in range(20)]

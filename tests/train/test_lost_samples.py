@@ -41,7 +41,7 @@ def test_a_bad_clip_is_told_of_once(small, damaged, tmp_path, capsys):
     ledger = tmp_path / "realtime" / "quarantine.jsonl"
     assert len(ledger.read_text().splitlines()) == 1
     shown = capsys.readouterr().out
-    assert f"realtime: 2 of 24 streams were left out: 0 over budget, 2 of 1 bad samples, see {ledger}" in shown
+    assert f"realtime: 2 of 24 streams were left out: 0 over budget, 2 from 1 bad samples, see {ledger}" in shown
 
 
 def test_a_budget_of_none_stops_the_run(small, damaged, tmp_path):
