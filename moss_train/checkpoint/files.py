@@ -19,6 +19,10 @@ MANIFEST = "manifest.json"
 #: Names of files inside a checkpoint: no separators, so nothing listed can lie outside the directory.
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
+#: What this process has verified: directory → its manifest's digest and the state of each file then. A checkpoint is
+#: opened several times on the way from a plan to a model, and hashing it costs as much as reading it.
+_verified: dict[Path, tuple[Any, ...]] = {}
+
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write and fsync one file. The directory entry is durable only after `sync_directory`."""
@@ -74,8 +78,9 @@ def write_manifest(directory: Path, step: int) -> None:
 
 
 def verified_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest {"step": int, "files": {name: …}}, after comparing every file with it.
+    """The manifest {"step": int, "files": {name: …}, "digest": str}, after comparing every file with it.
 
+    Contents are read once in a process, unless the manifest, or a file's size or times, have changed since.
     CheckpointError names the first file that is missing, cut, changed, or not a plain file of this directory.
     """
     manifest = directory / MANIFEST
@@ -88,21 +93,30 @@ def verified_manifest(directory: Path) -> dict[str, Any]:
         step, listed = content["step"], content["files"]
         if content["format"] != FORMAT or manifest.read_bytes() != _manifest_bytes(step, listed):
             raise ValueError("it is not what was written")
-        for name, entry in listed.items():
-            _check_file(directory, name, entry["bytes"], entry["sha256"])
+        seen = (content["digest"], *(_state(directory, name, entry["bytes"]) for name, entry in listed.items()))
+        if _verified.get(directory.resolve()) != seen:
+            for name, entry in listed.items():
+                _check_content(directory / name, entry["sha256"])
+            _verified[directory.resolve()] = seen
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{manifest}: damaged, or not of the format {FORMAT}: {error!r}") from error
     return content
 
 
-def _check_file(directory: Path, name: str, size: int, sha256: str) -> None:
+def _state(directory: Path, name: str, size: int) -> tuple[int, ...]:
+    """What changes with a file's content; CheckpointError when the file cannot be the manifest's."""
     path = directory / name
     if not _SAFE_NAME.fullmatch(name):
         raise CheckpointError(f"{directory}/{MANIFEST}: {name!r} is not the name of a file in this directory")
     if path.is_symlink() or not path.is_file():
         raise CheckpointError(f"{path}: missing, or not a plain file")
-    if path.stat().st_size != size:
-        raise CheckpointError(f"{path}: {path.stat().st_size} bytes, the manifest says {size}")
+    found = path.stat()
+    if found.st_size != size:
+        raise CheckpointError(f"{path}: {found.st_size} bytes, the manifest says {size}")
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _check_content(path: Path, sha256: str) -> None:
     if _sha256(path) != sha256:
         raise CheckpointError(f"{path}: the content has changed since it was written (SHA-256 differs)")
 

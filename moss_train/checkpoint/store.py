@@ -96,7 +96,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, expect: Mapping[str, Sequence[int]] | None = None, only: Sequence[str] | None = None
 ) -> Checkpoint:
-    """Read a checkpoint after verifying every byte of it.
+    """Read a checkpoint after verifying every byte of it (once in a process).
 
     only: read just these namespaces (what stands before the first "/"), such as ("model",); None reads all.
     expect: name → shape. All names of the namespaces that occur in it must fit exactly, or CheckpointError lists
@@ -126,6 +126,11 @@ def checkpoint_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def verify(path: Path) -> None:
     """Raise CheckpointError, naming the file, unless the checkpoint is complete and unchanged."""
     _open(Path(path))
+
+
+def checkpoint_digest(path: Path) -> str:
+    """What identifies a checkpoint: the SHA-256 of its manifest's content, verified."""
+    return _open(Path(path))[0]["digest"]
 
 
 def latest(directory: Path) -> Path | None:

@@ -29,7 +29,8 @@ from moss_train.engines.config import OptimConfig
 from moss_train.engines.fit import require_fit
 from moss_train.engines.learning_rate import LearningRate
 from moss_train.engines.protocol import EngineState, StepOutput
-from moss_train.errors import ConfigError
+from moss_train.engines.trainable import check_trainable
+from moss_train.engines.weights import NAMESPACE, named_weights
 from moss_train.model.groups import parameter_groups
 from moss_train.objectives.figures import LossFigures, statistics
 from moss_train.objectives.streaming_loss import StreamingLoss
@@ -66,7 +67,7 @@ class MegatronEngine:
         """See `protocol.Engine.setup`. `model(batch)` gives logits [T, R, V]; `model.config` is a TransformerConfig."""
         optim.validate()
         group_of = parameter_groups(model)
-        _check_trainable(trainable, group_of, optim)
+        check_trainable(trainable, group_of, optim)
         self._parallel = groups.state()
         self._optim = optim
         self._objective = objective
@@ -111,7 +112,7 @@ class MegatronEngine:
     def expected_shapes(self, optimizer: bool = True) -> dict[str, tuple[int, ...]]:
         """See `protocol.Engine.expected_shapes`."""
         moments = optimizer_state.moments(self._optimizer, self._trained) if optimizer else {}
-        return _shapes(self._weights() | moments)
+        return _shapes(named_weights(self._model) | moments)
 
     def state_dict(self) -> EngineState:
         """See `protocol.Engine.state_dict`."""
@@ -121,7 +122,8 @@ class MegatronEngine:
             "skipped_steps": self.skipped_steps,
             "total_steps": self._rates.total_steps,
         }
-        return EngineState(self._weights() | optimizer_state.moments(self._optimizer, self._trained), metadata)
+        moments = optimizer_state.moments(self._optimizer, self._trained)
+        return EngineState(named_weights(self._model) | moments, metadata)
 
     def load_state_dict(self, state: EngineState) -> None:
         """See `protocol.Engine.load_state_dict`."""
@@ -134,7 +136,7 @@ class MegatronEngine:
 
     def load_weights(self, tensors: dict[str, torch.Tensor]) -> None:
         """See `protocol.Engine.load_weights`."""
-        weights = {name: tensor for name, tensor in tensors.items() if name.startswith("model/")}
+        weights = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{NAMESPACE}/")}
         require_fit(_shapes(weights), self.expected_shapes(optimizer=False), "the set of weights")
         self._copy_weights(weights)
 
@@ -221,14 +223,9 @@ class MegatronEngine:
             for part in self._optimizer.chained_optimizers:
                 clip_grad_by_total_norm_fp32(part.get_parameters(), self._optim.clip, grad_norm)
 
-    def _weights(self) -> dict[str, torch.Tensor]:
-        # Megatron's layers put None under `…_extra_state` into their state.
-        state = self._model.state_dict()
-        return {f"model/{name}": tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
-
     @torch.no_grad()
     def _copy_weights(self, tensors: dict[str, torch.Tensor]) -> None:
-        for name, tensor in self._weights().items():
+        for name, tensor in named_weights(self._model).items():
             tensor.copy_(tensors[name])
         self._optimizer.reload_model_params()
 
@@ -244,21 +241,3 @@ def _member_of(ids: set[int]):
 
 def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _check_trainable(trainable: set[str], group_of: dict[str, str], optim: OptimConfig) -> None:
-    unknown = sorted(trainable - set(group_of))
-    if unknown:
-        raise ConfigError(f"trainable: the model has no parameter {', '.join(unknown)}")
-    if not trainable:
-        raise ConfigError("trainable: no parameter is left to train; choose at least one parameter group")
-    trained = {group_of[name] for name in trainable}
-    for group in optim.group_lr:
-        if group not in set(group_of.values()):
-            legal = ", ".join(sorted(set(group_of.values())))
-            raise ConfigError(f"optim.group_lr.{group}: the model has no such group; its groups are {legal}")
-        if group not in trained:
-            raise ConfigError(
-                f"optim.group_lr.{group}: the group is frozen, so the rate means nothing; "
-                f"remove it, or add {group} to trainable"
-            )

@@ -13,6 +13,7 @@ from moss_train.checkpoint.store import Checkpoint, checkpoint_shapes, latest, l
 from moss_train.data.index import load_index
 from moss_train.data.loader import build_loader
 from moss_train.engines.fit import require_fit
+from moss_train.engines.trainable import check_trainable
 from moss_train.errors import CheckpointError, ConfigError, MossTrainError
 from moss_train.model.groups import parameter_groups, trainable_names
 from moss_train.model.video_model import VideoModel
@@ -98,7 +99,7 @@ def _plan_stage(
 ) -> StagePlan:
     trained = trainable_names(model, stage.trainable)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    _check_rates(model, trained, stage)
+    check_trainable(trained, parameter_groups(model), stage.optim)
     origin = None
     if stage.init == "previous":
         if not before:
@@ -131,19 +132,6 @@ def _plan_stage(
     )
     _check_progress(run, plan, expected_shapes(model))
     return plan
-
-
-def _check_rates(model: VideoModel, trained: set[str], stage: StageConfig) -> None:
-    group_of = parameter_groups(model)
-    for group in stage.optim.group_lr:
-        if group not in set(group_of.values()):
-            raise ConfigError(
-                f"optim.group_lr.{group}: no such group; groups are {', '.join(sorted(set(group_of.values())))}"
-            )
-        if not any(group_of[parameter] == group for parameter in trained):
-            raise ConfigError(
-                f"optim.group_lr.{group}: the stage does not train this group (trainable={stage.trainable})"
-            )
 
 
 def _check_progress(run: RunConfig, plan: StagePlan, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -9,10 +9,9 @@ from safetensors import safe_open
 from moss_train.checkpoint.hugging_face import import_weights, read_safetensors
 from moss_train.checkpoint.store import checkpoint_shapes, latest, load_checkpoint, step_directories
 from moss_train.engines.fit import require_fit
+from moss_train.engines.weights import NAMESPACE, named_weights
 from moss_train.errors import CheckpointError
 from moss_train.streams.tokenizer import StreamTokenizer
-
-NAMESPACE = "model"  #: of the weights among a checkpoint's tensors
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,8 @@ class Origin:
         if self.hugging_face:
             import_weights(model, _headers(self.path), str(self.path))
             return
-        shapes = {name: shape for name, shape in checkpoint_shapes(self.path).items() if name.startswith(NAMESPACE)}
+        prefix, shapes = f"{NAMESPACE}/", checkpoint_shapes(self.path)
+        shapes = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
         require_fit(shapes, expected_shapes(model), str(self.path))
         trained_with = load_checkpoint(self.path, only=()).provenance.get("tokenizer_fingerprint")
         if trained_with != tokenizer.fingerprint:
@@ -51,13 +51,6 @@ class Origin:
         loaded = load_checkpoint(self.path, expect=expected_shapes(model), only=(NAMESPACE,)).tensors
         for name, tensor in named_weights(model).items():
             tensor.copy_(loaded[name])
-
-
-def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The model's weights by canonical name, not copied."""
-    # Megatron's layers put None under `…_extra_state` into their state.
-    state = model.state_dict()
-    return {f"{NAMESPACE}/{name}": tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
 
 
 def expected_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:

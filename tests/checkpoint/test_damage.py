@@ -7,7 +7,7 @@ import traceback
 import pytest
 import torch
 
-from moss_train.checkpoint import store
+from moss_train.checkpoint import files, store
 from moss_train.checkpoint.store import latest, load_checkpoint, save_checkpoint
 from moss_train.errors import CheckpointError
 
@@ -175,3 +175,20 @@ def test_a_removal_killed_half_way_leaves_nothing_to_load(tmp_path, monkeypatch)
 
     assert in_child(remove) == 7
     assert store.step_directories(tmp_path) == {2: second}
+
+
+def test_contents_are_read_once_in_a_process(tmp_path, monkeypatch):
+    path = save(tmp_path, 1)
+    hashed = []
+    original = files._sha256
+    monkeypatch.setattr(files, "_sha256", lambda file: hashed.append(file.name) or original(file))
+    load_checkpoint(path)
+    assert sorted(hashed) == sorted(file.name for file in path.iterdir() if file.name != files.MANIFEST)
+    hashed.clear()
+    load_checkpoint(path, only=())
+    store.verify(path)
+    assert not hashed
+    changed = path / "state.json"
+    changed.write_bytes(changed.read_bytes().replace(b"1", b"2"))
+    with pytest.raises(CheckpointError, match="has changed"):
+        load_checkpoint(path)

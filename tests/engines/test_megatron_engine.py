@@ -238,7 +238,7 @@ def test_no_microbatch_is_an_error():
         ({"head.weight", "head.wieght"}, {}, r"no parameter head\.wieght"),
         (set(), {}, "no parameter is left to train"),
         ({"head.weight"}, {"heads": 1e-3}, r"optim\.group_lr\.heads"),
-        ({"head.weight"}, {"projector": 1e-3}, "projector.*frozen"),
+        ({"head.weight"}, {"projector": 1e-3}, "projector.*not trained"),
     ],
 )
 def test_a_set_up_that_cannot_be_is_refused(trainable, group_lr, message):

@@ -133,7 +133,7 @@ def test_a_run_does_not_go_on_as_another(small, whole, overrides, error, expecte
         (
             ["stages.realtime.optim.group_lr.head=1", "stages.realtime.trainable=projector_only"],
             ConfigError,
-            "does not train this group",
+            "this group is not trained",
         ),
         (["stages.realtime.epochs=1"], ConfigError, "raise epochs to 2.00"),
         (["stages.realtime.data.sources.realtime.path=nowhere"], DataError, "stages.realtime: .*nowhere"),
