@@ -3,4 +3,4 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 step "running the tests"
-"$python" -m pytest -q "$@"
+"$python" -m pytest -q -rs "$@"

@@ -7,7 +7,16 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from data_samples import caption_json, numbered_clip, packed_streams, stage, stage_streams, still, stream_json
+from data_samples import (
+    caption_json,
+    numbered_clip,
+    packed_streams,
+    split_pack,
+    stage,
+    stage_streams,
+    still,
+    stream_json,
+)
 
 from moss_train.data.corpus import load_source
 from moss_train.data.index import INDEX_NAME, IndexOptions, build_index, index_command, load_index, write_index
@@ -57,6 +66,26 @@ def test_shards_are_begun_by_size_and_webdataset_reads_them(tmp_path: Path):
     read = list(webdataset.WebDataset([str(p) for p in shards], shardshuffle=False))
     assert [s["__key__"] for s in read] == ["k0", "k1", "k2", "k3"]
     assert read[2]["png"] == still(2) and set(read[2]) >= {"json", "png"}
+
+
+def test_webdataset_reads_the_members_that_we_read(tmp_path: Path):
+    """Our reading by byte ranges and webdataset's own give the same samples in the same order, byte for byte."""
+    import webdataset
+
+    staging, out = tmp_path / "staging", tmp_path / "out"
+    stage_streams(staging, 3)
+    two = caption_json("two", "0.png")
+    two["media"].append({"id": "m1", "kind": "video", "member": "1.avi"})
+    stage(staging, "two", two, _0_png=still(1), _1_avi=numbered_clip(4, 4, "avi"))
+    stage(staging, "words", caption_json("words", None))
+    split_pack(staging, out, 2)
+    corpus = load_source(out)
+    theirs = {}
+    for sample in webdataset.WebDataset([str(p) for p in sorted(out.glob("*.tar"))], shardshuffle=False):
+        theirs[sample["__key__"]] = {name: data for name, data in sample.items() if not name.startswith("__")}
+    assert list(theirs) == corpus.keys
+    for key, members in theirs.items():
+        assert members == {member: corpus.member(key, member) for member in corpus.entry(key).members}
 
 
 def test_bad_samples_are_left_out_by_key_with_a_reason(tmp_path: Path, capsys):
