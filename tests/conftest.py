@@ -12,16 +12,39 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import pytest  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
+#: fewest tests in there
+GOLDEN_TESTS = 19
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item):
     """A golden test that skips would let a wrong model pass, so its skip is a failure."""
     report = yield
-    if report.skipped and GOLDEN in item.path.parents and not hasattr(report, "wasxfail"):
+    return _never_skipped(item, report)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    """The same for a golden file that skips itself whole while it is collected."""
+    report = yield
+    return _never_skipped(collector, report)
+
+
+def _never_skipped(node: pytest.Item | pytest.Collector, report):
+    if report.skipped and GOLDEN in node.path.parents and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
-        report.longrepr = f"{item.nodeid} was skipped ({report.longrepr}); golden tests must run"
+        report.longrepr = f"{node.nodeid} was skipped ({report.longrepr}); golden tests must run"
     return report
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]):
+    """A run of all tests that finds fewer golden ones than there are has lost some."""
+    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    if everything and config.option.markexpr == "not slow":
+        found = sum(GOLDEN in item.path.parents for item in items)
+        if found < GOLDEN_TESTS:
+            raise pytest.UsageError(f"{found} golden tests found in {GOLDEN}, at least {GOLDEN_TESTS} must run")
 
 
 @pytest.fixture(autouse=True, scope="module")
