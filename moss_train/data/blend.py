@@ -3,7 +3,9 @@
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +37,10 @@ def blend_source(name: str, weight: float, index: SourceIndex) -> BlendSource:
 class Blend:
     """The order of every epoch. An entry is (source number, sample number within the source)."""
 
-    def __init__(self, sources: list[BlendSource], data: DataConfig, seed: int):
+    def __init__(
+        self, sources: list[BlendSource], data: DataConfig, seed: int, compiled_with: Mapping[str, Any] | None = None
+    ):
+        """compiled_with: JSON values on which the lengths of streams depend, and so the rows: tokenizer, compiler."""
         self.sources = sources
         self.seed = seed
         self.batch_size = data.global_batch_size
@@ -55,6 +60,7 @@ class Blend:
             "pack_frames": data.pack_frames,
             "shuffle": data.shuffle,
             "shuffle_window_shards": data.shuffle_window_shards,
+            **(compiled_with or {}),
         }
         self._epochs: dict[int, np.ndarray] = {}
 

@@ -10,7 +10,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,9 @@ def build_loader(
     if len(set(names)) < len(names):
         raise ConfigError(f"data.sources has two sources of one name among {', '.join(names)}")
     weights = [source.weight for source in data.sources.values()]
-    blend = Blend([blend_source(c.name, w, c.index) for c, w in zip(corpora, weights, strict=True)], data, seed)
+    sources = [blend_source(corpus.name, weight, corpus.index) for corpus, weight in zip(corpora, weights, strict=True)]
+    compiled_with = {f"compiler.{name}": value for name, value in asdict(compiler).items()}
+    blend = Blend(sources, data, seed, {"tokenizer": tokenizer.fingerprint} | compiled_with)
     # Augmented streams differ from epoch to epoch, so keeping them would only fill memory.
     augmented = compiler.jitter_probability > 0
     return Loader(data, corpora, blend, image_size, augmented, data_rank, data_ranks, quarantine_path, agree)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moss_train.redact import redact
 from moss_train.report.curves import loss_curves
 from moss_train.report.metrics_file import MetricsRow, finite_or_none
 from moss_train.report.palette import ERROR, GRID, INK, MUTED, PAPER, SLOT_COLOURS, USER
@@ -20,7 +21,6 @@ from moss_train.report.quickstart import (
     figure_text,
     required_text,
 )
-from moss_train.report.redact import redact
 from moss_train.report.timelines import TimelinePicture
 
 _STYLE = f"""

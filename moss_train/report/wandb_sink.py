@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from moss_train.errors import ConfigError
+from moss_train.redact import redact
 from moss_train.report.config import TrackingConfig
 from moss_train.report.metrics_file import MetricsRow
-from moss_train.report.redact import redact
 
 IDS_FILE = "wandb_runs.json"
 

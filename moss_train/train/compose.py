@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -15,10 +16,14 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from moss_train.checkpoint.files import replace_durably
 from moss_train.cli_options import check_path, first_line, split_argument, type_at, unknown_name
 from moss_train.errors import ConfigError
 from moss_train.locations import shipped_directory
+from moss_train.redact import redact
 from moss_train.train.config import RunConfig
+
+CONFIG_FILE = "config.yaml"  #: of a run's folder
 
 #: Groups of recipe files that an override may choose from; `recipe=…` is one of them.
 GROUPS = ("recipe", "model", "layout", "engine", "tracking")
@@ -74,6 +79,21 @@ def run_from_dict(resolved: dict[str, Any]) -> RunConfig:
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ConfigError(f"saved configuration: {first_line(error)}") from error
+
+
+def save_run(run: RunConfig, folder: Path) -> None:
+    """Write the resolved run, secrets hidden, as the folder's `config.yaml`, whole or not at all."""
+    text = yaml.safe_dump(redact(resolved_dict(run)), sort_keys=False, allow_unicode=True)
+    replace_durably(folder / CONFIG_FILE, text.encode())
+
+
+def load_run(folder: Path) -> RunConfig:
+    """The run that trained in `folder`; ConfigError when it holds no readable `config.yaml`."""
+    path = folder / CONFIG_FILE
+    try:
+        return run_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not the configuration of a run ({first_line(error)})") from error
 
 
 def resolved_dict(run: RunConfig) -> dict[str, Any]:

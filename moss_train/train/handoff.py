@@ -130,18 +130,26 @@ def _plan_stage(
         trained_parameters=sum(sizes[parameter] for parameter in trained),
         parameters=sum(sizes.values()),
     )
-    _check_progress(run, plan, expected_shapes(model))
+    _check_progress(run, plan, before[-1] if before else None, tokenizer, expected_shapes(model))
     return plan
 
 
-def _check_progress(run: RunConfig, plan: StagePlan, shapes: dict[str, tuple[int, ...]]) -> None:
+def _check_progress(
+    run: RunConfig,
+    plan: StagePlan,
+    before: StagePlan | None,
+    tokenizer: StreamTokenizer,
+    shapes: dict[str, tuple[int, ...]],
+) -> None:
     """Raise unless the stage's own newest checkpoint, if there is one, may be gone on from."""
     newest = latest(plan.checkpoints)
     if newest is None:
         return
     if run.resume == "never":
         raise ConfigError(f"resume=never, but {newest} exists: choose another output_dir, or resume=auto")
-    _check_same_run(run, plan, load_checkpoint(newest, only=()))
+    checkpoint = load_checkpoint(newest, only=())
+    _check_same_run(run, plan, tokenizer, checkpoint)
+    _check_lineage(plan, before, checkpoint)
     found = {name: shape for name, shape in checkpoint_shapes(newest).items() if name in shapes}
     require_fit(found, shapes, str(newest))
 
@@ -161,7 +169,22 @@ def _steps(name: str, stage: StageConfig, steps_per_epoch: int, samples: int) ->
     return stage.steps
 
 
-def _check_same_run(run: RunConfig, plan: StagePlan, checkpoint: Checkpoint) -> None:
+def _check_lineage(plan: StagePlan, before: StagePlan | None, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError when a stage would be kept, or gone on with, that began from other weights than are there
+    now: a stage before it was trained anew since, or `init` is another."""
+    origin, where = plan.origin, f"init={plan.config.init}"
+    if plan.config.init == "previous":
+        assert before is not None  # checked when planning
+        found = latest(before.checkpoints)
+        origin, where = Origin(found, False) if found else None, f"what {before.checkpoints} holds now"
+    if checkpoint.state.get("origin") != (origin.fingerprint if origin else None):
+        raise CheckpointError(
+            f"{checkpoint.path} was not trained from {where}: put back what it was trained from, "
+            f"or remove {plan.directory} to train the stage anew"
+        )
+
+
+def _check_same_run(run: RunConfig, plan: StagePlan, tokenizer: StreamTokenizer, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError when a stage would go on under another model, objective or optimizer than it began with."""
     saved, now = checkpoint.provenance["config"], resolved_dict(run)
     if checkpoint.state["stage"] != plan.name:
@@ -169,6 +192,9 @@ def _check_same_run(run: RunConfig, plan: StagePlan, checkpoint: Checkpoint) -> 
     pairs: list[tuple[str, Any, Any]] = [(name, saved.get(name), now[name]) for name in ("seed", "model", "tokenizer")]
     saved_stage = saved["stages"].get(plan.name, {})
     pairs += [(f"stages.{plan.name}.{name}", saved_stage.get(name), now["stages"][plan.name][name]) for name in _KEPT]
+    pairs.append(
+        ("the tokenizer's fingerprint", checkpoint.provenance.get("tokenizer_fingerprint"), tokenizer.fingerprint)
+    )
     total = checkpoint.state["progress"]["total"]
     changes = [change for name, before, after in pairs for change in _changes(name, before, after)]
     if total != plan.steps:

@@ -2,22 +2,18 @@
 
 from pathlib import Path
 
-import yaml
-
 from moss_train.checkpoint.store import latest
 from moss_train.errors import CheckpointError
 from moss_train.parallel import groups
 from moss_train.report.tracker import Tracker
 from moss_train.streams.tokenizer import load_tokenizer
-from moss_train.train.compose import resolved_dict
+from moss_train.train.compose import resolved_dict, save_run
 from moss_train.train.config import RunConfig
 from moss_train.train.evaluation import Evaluator
 from moss_train.train.handoff import StagePlan, plan_pipeline
 from moss_train.train.signals import StopRequest
 from moss_train.train.stage import finished, run_stage
 from moss_train.train.weights import Origin, find_origin
-
-CONFIG_FILE = "config.yaml"
 
 
 def run_pipeline(run: RunConfig) -> int:
@@ -37,7 +33,7 @@ def run_pipeline(run: RunConfig) -> int:
     output = Path(run.output_dir)
     if state.is_main:
         output.mkdir(parents=True, exist_ok=True)
-        (output / CONFIG_FILE).write_text(yaml.safe_dump(resolved_dict(run), sort_keys=False, allow_unicode=True))
+        save_run(run, output)
     evaluator = Evaluator(run, tokenizer) if run.evaluate.source is not None else None
     before: StagePlan | None = None
     with (

@@ -1,6 +1,7 @@
 """`moss-train report`: a finished pipeline against itself untrained and without its last stage, on held-out streams."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,7 @@ from moss_train.report.html import write_html
 from moss_train.report.metrics_file import FILE_NAME, read_metrics
 from moss_train.report.quickstart import FULL, SMOKE, Requirements, build_report, print_report, write_report
 from moss_train.report.timelines import timeline_pictures
-from moss_train.train.compose import resolved_dict
-from moss_train.train.config import RunConfig
+from moss_train.train.compose import load_run, resolved_dict
 from moss_train.train.evaluation import Evaluator
 from moss_train.train.restore import build_model, load_model
 
@@ -60,12 +60,9 @@ def report_command(options: ReportOptions) -> int:
     miss the requirements."""
     began = time.monotonic()
     folder, console = Path(options.run), Console(highlight=False)
-    model, tokenizer, run = load_model(folder)
-    stages = [name for name, _ in run.ordered_stages()]
-    checkpoints = {name: latest(folder / name / "checkpoints") for name in stages}
-    missing = [name for name, checkpoint in checkpoints.items() if checkpoint is None]
-    if missing:
-        raise CheckpointError(f"{folder}: no checkpoint of {', '.join(missing)}; train the run to its end first")
+    checkpoints = finished_stages(folder)
+    stages = list(checkpoints)
+    model, tokenizer, run = load_model(checkpoints[stages[-1]])
     if run.evaluate.source is None:
         raise ConfigError(f"{folder}: the run names no held-out source; train with evaluate.source=<packed folder>")
     evaluator = Evaluator(run, tokenizer)
@@ -90,7 +87,7 @@ def report_command(options: ReportOptions) -> int:
     variants["teacher_forced."] = results[""].teacher_forced
 
     requirements = REQUIREMENTS[options.requirements]
-    figures = run_figures(run, folder, model)
+    figures = run_figures(checkpoints.values(), model)
     spent = figures["training_seconds"] if options.spent_s is None else options.spent_s
     figures["seconds"] = spent + time.monotonic() - began
     report = build_report(variants, figures, requirements)
@@ -118,13 +115,26 @@ def report_command(options: ReportOptions) -> int:
     return 0 if report.ok else 1
 
 
-def run_figures(run: RunConfig, folder: Path, model: torch.nn.Module) -> dict[str, float]:
-    """`training_seconds`, `parameters` and `trained_tokens` (labels in the loss) of the whole run."""
-    progress = []
-    for name in run.stages:
+def finished_stages(folder: Path) -> dict[str, Path]:
+    """Stage → its last checkpoint, in the order they ran; CheckpointError when one was not trained to its end."""
+    checkpoints: dict[str, Path] = {}
+    for name, _ in load_run(folder).ordered_stages():
         checkpoint = latest(folder / name / "checkpoints")
-        assert checkpoint is not None  # looked for by the command
-        progress.append(load_checkpoint(checkpoint, only=()).state["progress"])
+        if checkpoint is None:
+            raise CheckpointError(f"{folder}: no checkpoint of {name}; train the run to its end first")
+        progress = load_checkpoint(checkpoint, only=()).state["progress"]
+        if progress["step"] < progress["total"]:
+            raise CheckpointError(
+                f"{folder}: {name} stopped at step {progress['step']} of {progress['total']}; "
+                "give its train command once more to end it first"
+            )
+        checkpoints[name] = checkpoint
+    return checkpoints
+
+
+def run_figures(checkpoints: Iterable[Path], model: torch.nn.Module) -> dict[str, float]:
+    """`training_seconds`, `parameters` and `trained_tokens` (labels in the loss) of the whole run."""
+    progress = [load_checkpoint(checkpoint, only=()).state["progress"] for checkpoint in checkpoints]
     return {
         "training_seconds": sum(stage["seconds"] for stage in progress),
         "parameters": float(sum(parameter.numel() for parameter in model.parameters())),

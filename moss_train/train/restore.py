@@ -15,8 +15,8 @@ from moss_train.train.weights import Origin, find_checkpoint
 
 
 def load_model(path: str | Path) -> tuple[VideoModel, StreamTokenizer, RunConfig]:
-    """The model of a checkpoint (or the newest below a stage's or run's folder), in evaluation mode, its tokenizer and
-    the run that made it. Starts process groups when there are none.
+    """The model of a checkpoint (or of a stage's newest, or of a run's last trained stage), in evaluation mode, its
+    tokenizer and the run that made it. Starts process groups when there are none.
 
     Raises CheckpointError when there is no checkpoint, or it is damaged or made with another tokenizer.
     """

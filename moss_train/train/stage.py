@@ -40,6 +40,7 @@ class _Stage:
     engine: Engine
     loader: Loader
     progress: Progress
+    origin: str | None  #: fingerprint of the weights it started from
 
     def save(self) -> None:
         """Write a checkpoint of the last step taken; every rank must call it."""
@@ -51,6 +52,7 @@ class _Stage:
                 state.tensors | capture_random_state(),
                 {
                     "stage": self.plan.name,
+                    "origin": self.origin,
                     "progress": self.progress.to_json(),
                     "loader": self.loader.state_dict(),
                     "engine": state.metadata,
@@ -77,7 +79,7 @@ class _Stage:
 def finished(plan: StagePlan) -> bool:
     """Whether the stage's newest checkpoint is of its last step."""
     newest = latest(plan.checkpoints)
-    return newest is not None and int(newest.name.removeprefix("step_")) >= plan.steps
+    return newest is not None and load_checkpoint(newest, only=()).step >= plan.steps
 
 
 def run_stage(
@@ -118,7 +120,8 @@ def run_stage(
         _ledger(plan) if state.is_main else None,
         gather_lists,
     ) as loader:
-        stage = _Stage(run, plan, tokenizer, engine, loader, Progress(total=plan.steps))
+        began_from = origin.fingerprint if origin is not None else None
+        stage = _Stage(run, plan, tokenizer, engine, loader, Progress(total=plan.steps), began_from)
         if newest is not None:
             stage.restore(load_checkpoint(newest))
         tracker.start_stage(plan.name, plan.steps, stage.progress.step)

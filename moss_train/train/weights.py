@@ -1,5 +1,7 @@
 """Where first weights come from: one of our checkpoints, or a folder of the reference's (Hugging Face) safetensors."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,11 +9,12 @@ import torch
 from safetensors import safe_open
 
 from moss_train.checkpoint.hugging_face import import_weights, read_safetensors
-from moss_train.checkpoint.store import checkpoint_shapes, latest, load_checkpoint, step_directories
+from moss_train.checkpoint.store import checkpoint_digest, checkpoint_shapes, latest, load_checkpoint, step_directories
 from moss_train.engines.fit import require_fit
 from moss_train.engines.weights import NAMESPACE, named_weights
 from moss_train.errors import CheckpointError
 from moss_train.streams.tokenizer import StreamTokenizer
+from moss_train.train.compose import CONFIG_FILE, load_run
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,14 @@ class Origin:
 
     path: Path
     hugging_face: bool  #: safetensors under the reference's names instead of one of our checkpoints
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells these weights from others: a checkpoint's digest, or names and sizes of Hugging Face's files."""
+        if not self.hugging_face:
+            return checkpoint_digest(self.path)
+        listed = [[file.name, file.stat().st_size] for file in _safetensors(self.path)]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def check(self, model: torch.nn.Module, tokenizer: StreamTokenizer) -> None:
         """Raise CheckpointError unless the weights fit `model` (one on the meta device will do) and `tokenizer`.
@@ -59,7 +70,7 @@ def expected_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def find_origin(path: str | Path) -> Origin:
-    """The weights at `path`: a checkpoint, a stage's or a run's folder (its newest), or Hugging Face safetensors.
+    """The weights at `path`: a checkpoint, see `find_checkpoint`, or a folder of Hugging Face safetensors.
 
     Raises CheckpointError when there are none.
     """
@@ -76,14 +87,17 @@ def find_origin(path: str | Path) -> Origin:
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """`path` when it is a checkpoint, else the newest one of the stage's or run's folder, or None."""
+    """`path` if it is a checkpoint, else the newest of a stage's folder or of a run's last trained stage; or None."""
     if (path / "manifest.json").is_file():
         return path
     for folder in (path, path / "checkpoints"):
         if step_directories(folder):
             return latest(folder)
-    stages = [found for folder in path.glob("*/checkpoints") if (found := latest(folder)) is not None]
-    return max(stages, key=lambda found: found.stat().st_mtime) if stages else None
+    if not (path / CONFIG_FILE).is_file():
+        return None
+    stages = [name for name, _ in load_run(path).ordered_stages()]
+    found = [latest(path / name / "checkpoints") for name in reversed(stages)]
+    return next((checkpoint for checkpoint in found if checkpoint is not None), None)
 
 
 def _safetensors(folder: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 import json
 
-from moss_train.checkpoint.provenance import HIDDEN, collect_provenance, git_revision, without_secrets
+from moss_train.checkpoint.provenance import collect_provenance, git_revision
+from moss_train.redact import HIDDEN, redact
 
 SECRETS = {
     "tracking": {"wandb_api_key": "0123456789", "entity": "lab", "password": "hunter2"},
@@ -18,16 +19,18 @@ HARMLESS = {
     "key": "sample-1",
     "page": "https://example.org/a:b@c",
     "url": None,
+    "init": "hf_checkpoints/llama",
 }
 
 
 def test_secrets_are_hidden_and_the_rest_is_kept():
-    hidden = without_secrets(SECRETS)
+    hidden = redact(SECRETS)
     assert hidden["tracking"] == {"wandb_api_key": HIDDEN, "entity": "lab", "password": HIDDEN}
-    assert [hidden[name] for name in ("hf_token", "auth_token", "token", "mirror")] == [HIDDEN] * 4
+    assert [hidden[name] for name in ("hf_token", "auth_token", "token")] == [HIDDEN] * 3
+    assert hidden["mirror"] == f"https://{HIDDEN}@example.org/simple"
     assert hidden["environment"] == ["PATH=/bin", HIDDEN]
     assert hidden["nested"] == [{"client_secret": HIDDEN}]
-    assert without_secrets(HARMLESS) == HARMLESS
+    assert redact(HARMLESS) == HARMLESS
     assert SECRETS["token"] == "abc"  # the configuration itself is not touched
 
 

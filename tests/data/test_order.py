@@ -133,3 +133,9 @@ def test_augmentation_depends_on_seed_epoch_and_key():
         augmentation_rng(*words).random() for words in [(0, 0, "a"), (0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b")]
     ]
     assert draws[0] == draws[1] and len(set(draws)) == 4
+
+
+def test_tokenizer_and_compiler_settings_are_part_of_the_order():
+    """They decide how long streams are, and so which share a row."""
+    made = [Blend([source("a", [4])], DataConfig(), 0, {"tokenizer": name}).fingerprint for name in ("x", "y", "x")]
+    assert made[0] == made[2] != made[1]

@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 
 from moss_train.errors import ConfigError, DataError
+from moss_train.redact import HIDDEN, is_secret_key, redact
 from moss_train.report.config import TrackingConfig
 from moss_train.report.console import ConsoleSink, clock, count
 from moss_train.report.metrics_file import FILE_NAME, MetricsRow, read_metrics
-from moss_train.report.redact import HIDDEN, is_secret_key, redact
 from moss_train.report.tracker import JsonlSink, Tracker
 
 QUIET = TrackingConfig(wandb="disabled", console=False)
@@ -217,7 +217,7 @@ def test_secrets_are_hidden_and_nothing_else():
         "optim": {"lr": 1e-4, "betas": [0.9, 0.95]},
         "tokenizer": {"special": {"silence_token": "<|silence|>"}},
         "hub_token": "hf_abcdefghijkl",
-        "notes": ["ghp_abcdefghijklmnop", "plain"],
+        "notes": ["ghp_abcdefghijklmnopqrstuvwxyz", "plain"],
         "path": "s3://user:geheim@host/bucket?X-Amz-Signature=abc&part=1",
         "api_key": "",
     }

@@ -14,9 +14,10 @@ from moss_train.checkpoint.store import latest, load_checkpoint
 from moss_train.engines.megatron import MegatronEngine
 from moss_train.errors import CheckpointError, ConfigError, DataError
 from moss_train.streams.config import TokenizerConfig
-from moss_train.streams.tokenizer import load_tokenizer
-from moss_train.train.compose import compose_run
+from moss_train.streams.tokenizer import StreamTokenizer, load_tokenizer
+from moss_train.train.compose import compose_run, load_run
 from moss_train.train.pipeline import run_pipeline
+from moss_train.train.pipeline_report import ReportOptions, report_command
 from moss_train.train.restore import load_model, stage_of
 
 
@@ -171,3 +172,67 @@ def test_another_tokenizer_is_refused(small, whole, tmp_path):
     swapped = [f"tokenizer.special_ids.silence={special.ellipsis}", f"tokenizer.special_ids.ellipsis={special.silence}"]
     with pytest.raises(CheckpointError, match="another tokenizer"):
         train(small, tmp_path / "out", f"stages.align.init={whole / 'realtime'}", *swapped)
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """A copy of the finished run that a test may change."""
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def test_a_stage_whose_predecessor_was_trained_anew_is_not_kept(small, copy):
+    shutil.rmtree(copy / "align")
+    with pytest.raises(CheckpointError, match=r"stages\.realtime: .* was not trained from what .* remove .*realtime"):
+        train(small, copy)
+    assert not (copy / "align").exists()
+    assert train(small, copy, "~stages.realtime", "stages.align.objective.weights.text=2") == 0  # another align
+    with pytest.raises(CheckpointError, match=r"remove .*realtime"):
+        train(small, copy, "stages.align.objective.weights.text=2")
+    shutil.rmtree(copy / "realtime")
+    assert train(small, copy, "stages.align.objective.weights.text=2") == 0
+
+
+def test_another_init_is_not_the_same_stage(small, whole, tmp_path):
+    start = f"stages.align.init={whole / 'align'}"
+    assert train(small, tmp_path, start, "~stages.realtime") == 0
+    with pytest.raises(CheckpointError, match="was not trained from init=scratch"):
+        train(small, tmp_path, "~stages.realtime")
+    assert train(small, tmp_path, start, "~stages.realtime") == 0
+
+
+def test_a_run_stands_for_its_last_stage_whatever_the_files_times(copy):
+    for file in (copy / "align").rglob("*"):
+        os.utime(file, (2**32, 2**32))
+    assert stage_of(copy) == "realtime"
+    shutil.rmtree(copy / "realtime")
+    assert stage_of(copy) == "align"
+
+
+def test_a_save_killed_between_its_renames_is_still_the_finished_stage(small, copy, monkeypatch):
+    newest = latest(copy / "realtime" / "checkpoints")
+    newest.rename(newest.with_name(f".replaced-{newest.name}"))
+    monkeypatch.setattr(MegatronEngine, "train_step", lambda *_: pytest.fail("trained again"))
+    assert train(small, copy) == 0
+
+
+def test_an_unfinished_run_is_not_reported_on(small, copy):
+    checkpoints = copy / "realtime" / "checkpoints"
+    (checkpoints / "latest").write_text("step_00000004\n")
+    with pytest.raises(CheckpointError, match="realtime stopped at step 4 of 6"):
+        report_command(ReportOptions(run=str(copy)))
+    shutil.rmtree(copy / "align")
+    with pytest.raises(CheckpointError, match="no checkpoint of align"):
+        report_command(ReportOptions(run=str(copy)))
+
+
+def test_a_tokenizer_file_that_has_changed_is_refused(small, whole, monkeypatch):
+    monkeypatch.setattr(StreamTokenizer, "fingerprint", "another")
+    with pytest.raises(CheckpointError, match="tokenizer's fingerprint was .* is 'another'"):
+        train(small, whole)
+
+
+def test_a_runs_configuration_comes_back_without_its_secrets(small, tmp_path):
+    key = "hf_abcdefghijklmnopqrstuvwxyz"
+    assert train(small, tmp_path, "~stages.realtime", "stages.align.steps=1", f"tracking.project=my {key}") == 0
+    assert key not in (tmp_path / "config.yaml").read_text()
+    assert load_run(tmp_path).stages["align"].steps == 1

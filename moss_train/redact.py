@@ -19,10 +19,14 @@ _SECRET_WORDS = {
     "bearer",
 }
 _SECRET_PAIRS = {("api", "key"), ("access", "key"), ("private", "key"), ("signing", "key"), ("auth", "key")}
+# Long enough that no path is mistaken for a key: what is hidden in a run's config.yaml is lost to whoever reads it.
 _SECRET_VALUE = re.compile(
     r"""(?x)
-    ^(sk-|hf_|ghp_|gho_|github_pat_|glpat-|xox[abpr]-|AKIA|ASIA|AIza|ya29\.)[\w\-.]{8,}   # keys that show what they are
-    | ^eyJ[\w-]{8,}\.[\w-]{8,}\.                                                          # JSON web tokens
+    (?<![A-Za-z0-9]) (                                                     # keys of services that show what they are
+        sk-[\w-]{20,} | hf_[A-Za-z0-9]{20,} | gh[pousr]_[A-Za-z0-9]{20,} | github_pat_\w{20,} | glpat-[\w-]{20,}
+        | xox[abpr]-[\w-]{10,} | (AKIA|ASIA)[A-Z0-9]{16} | AIza[\w-]{30,} | ya29\.[\w-]{20,}
+        | eyJ[\w-]{8,}\.[\w-]{8,}\.                                       # JSON web tokens
+    )
     | -----BEGIN[ A-Z]*PRIVATE\ KEY
     """
 )
