@@ -25,9 +25,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data index": ("moss_train.data.index:index", "index existing tar shards"),
     "data check": ("moss_train.data.check:check", "validate shards, samples and media"),
     "convert verify": ("moss_train.checkpoint.verify:verify", "compare the model with reference outputs"),
-    "eval": ("moss_train.evaluate.command:evaluate", "free-running figures of a checkpoint on packed streams"),
+    "eval": ("moss_train.train.evaluate_command:evaluate", "free-running figures of a checkpoint on packed streams"),
     "report": ("moss_train.train.pipeline_report:report", "a finished run against itself untrained, as a page"),
-    "stream": ("moss_train.evaluate.live:stream", "play a clip and print what the model says"),
+    "stream": ("moss_train.train.stream_command:stream", "play a clip and print what the model says"),
     "doctor": ("moss_train.doctor:doctor", "versions, devices and what is missing"),
 }
 #: Verbs whose function takes the raw overrides; their module's HELP is printed for --help.

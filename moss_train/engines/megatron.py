@@ -22,6 +22,7 @@ from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, ParamKey,
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from moss_train.data.batch import Batch
 from moss_train.engines import optimizer_state
@@ -70,6 +71,7 @@ class MegatronEngine:
         check_trainable(trainable, group_of, optim)
         self._parallel = groups.state()
         self._optim = optim
+        objective.split_over(self._parallel.tensor_group, vocab_parallel_cross_entropy)
         self._objective = objective
         self._rates = LearningRate(optim, total_steps)
         self.step = 0

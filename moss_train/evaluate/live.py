@@ -1,24 +1,19 @@
-"""`moss-train stream`: a clip plays, the model watches and says what it has to say, when it has to say it.
+"""A clip plays, the model watches and says what it has to say, when it has to say it: `moss-train stream`.
 
 Shape suffixes: F frames, C colour channels, H, W pixels.
 """
 
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from rich.console import Console
 from rich.text import Text
 
-from moss_train.data.decode import decode_frames
-from moss_train.data.index import load_index
-from moss_train.data.media_probe import probe_media
-from moss_train.errors import ConfigError, MossTrainError
+from moss_train.errors import ConfigError
 from moss_train.evaluate.config import DecodeConfig
 from moss_train.evaluate.decoder import SlotOutput, StreamingDecoder, most_tokens
 from moss_train.evaluate.schedule import Schedule, Step, schedule_of
@@ -27,107 +22,6 @@ from moss_train.streams.media import stream_frame_times
 from moss_train.streams.schema import StreamSample, parse_sample
 from moss_train.streams.timeline import build_timeline
 from moss_train.streams.tokenizer import StreamTokenizer
-
-_QUESTION_STARTS = re.compile(r"(?:^|;)\s*(\d+(?:\.\d+)?)\s*:")
-
-
-@dataclass
-class StreamOptions:
-    """What is played to which model."""
-
-    ckpt: str
-    """Checkpoint folder, or a stage's or run's folder, whose newest checkpoint is taken."""
-    video: str
-    """The clip's file."""
-    question: str | None = None
-    """Asked at `ask_at_s`."""
-    ask_at_s: float = 0.0
-    """When `question` is asked, in seconds of the clip."""
-    questions: str | None = None
-    """Several questions with their times in seconds: `4:What colour is it?;9:Where is it?`"""
-    system: str | None = None
-    """System prompt; null takes the one of the streams the run is evaluated on, empty means none."""
-    fps: float | None = None
-    """Frames a second that the model sees; null takes those of its training."""
-    speed: float = 1.0
-    """Seconds of the clip per second; 0 plays as fast as the model can."""
-    max_seconds: float = 300.0
-    """The clip is cut after this many seconds."""
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
-    """How replies are read from predictions."""
-
-    def validate(self) -> None:
-        self.decode.validate()
-        for name, holds, remedy in (
-            ("speed", self.speed >= 0, "must not be negative; 0 is as fast as possible"),
-            ("fps", self.fps is None or self.fps > 0, "must be above 0, or null"),
-            ("max_seconds", self.max_seconds > 0, "must be above 0"),
-            ("ask_at_s", self.ask_at_s >= 0, "must not be negative"),
-        ):
-            if not holds:
-                raise ConfigError(f"{name}={getattr(self, name)}: {remedy}")
-        self.asked()
-
-    def asked(self) -> list[tuple[float, str]]:
-        """All questions with their times, in order."""
-        found = [] if self.question is None else [(self.ask_at_s, self.question)]
-        if self.questions is not None:
-            starts = list(_QUESTION_STARTS.finditer(self.questions))
-            if not starts or starts[0].start() != 0:
-                raise ConfigError(
-                    f"questions={self.questions!r}: write times and questions as 4:What colour is it?;9:Where is it?"
-                )
-            for start, following in zip(starts, [*starts[1:], None], strict=True):
-                text = self.questions[start.end() : following.start() if following else None].strip()
-                found.append((float(start[1]), text))
-        return sorted(found, key=lambda item: item[0])
-
-
-def stream_command(options: StreamOptions) -> int:
-    """Play a clip in real time and print what the model says; silence is a dot per frame.
-
-    Example: moss-train stream ckpt=outputs/quickstart video=clip.mp4 questions="2:What colour is it?"
-    """
-    # a command stands at the door of the program: it may reach for what lies to the right of this room
-    from moss_train.train.restore import load_model, stage_of
-
-    video = Path(options.video)
-    if not video.is_file():
-        raise ConfigError(f"video={options.video}: there is no such file")
-    model, tokenizer, run = load_model(options.ckpt)
-    compiler = run.stages[stage_of(options.ckpt)].compiler
-    system = options.system if options.system is not None else system_of(run.evaluate.source)
-    data = video.read_bytes()
-    probe = probe_media(data, video.name)
-    if probe.container == "image" or probe.duration_s <= 0:
-        raise ConfigError(f"video={options.video}: it is a {probe.codec} without length; give a video")
-    duration_s = min(probe.duration_s, options.max_seconds)
-    schedule, times_s = live_schedule(
-        video.name, options.asked(), system, options.fps or compiler.fps, duration_s, compiler, tokenizer
-    )
-    frames_FCHW = decode_frames(data, times_s, run.model.vision.image_size, key=video.name).frames
-    console = Console(highlight=False)
-    shown = f"{video.name}: {duration_s:.1f} s, {len(times_s)} frames. A dot is a frame about which it is silent."
-    console.print(Text(shown, "dim"), soft_wrap=True)
-    printer = LivePrinter(console, tokenizer)
-    result = play(model, tokenizer, compiler, schedule, frames_FCHW, options.speed, options.decode, printer)
-    console.print(Text(result.summary(), "dim"), soft_wrap=True)
-    return 0
-
-
-def system_of(source: str | None) -> str | None:
-    """The system prompt of the first stream of a packed source; None when there is neither."""
-    if source is None or not Path(source).is_dir():
-        return None
-    from moss_train.data.corpus import Corpus, load_source
-
-    try:
-        keys = [sample.key for sample in load_index(source).samples if sample.kind == "stream"]
-        corpus: Corpus = load_source(source)
-        sample = corpus.sample(keys[0]) if keys else None
-    except MossTrainError:
-        return None  # only a default is sought; whoever evaluates on the source learns what is wrong with it
-    return sample.system if isinstance(sample, StreamSample) else None
 
 
 def live_schedule(

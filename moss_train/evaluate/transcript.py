@@ -3,7 +3,11 @@
 Everything here is plain data that survives a round trip through JSON.
 """
 
+import json
+import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 
@@ -166,3 +170,12 @@ def _utterances(said: list[tuple[str, str, bool, bool, str | None]]) -> list[Utt
             replies.append(Utterance(text, ordinal, ordinal, ends, event))
         running = not ends
     return replies
+
+
+def write_transcripts(transcripts: Iterable[StreamTranscript], path: Path) -> None:
+    """One transcript a line (`StreamTranscript.to_json`), whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for transcript in transcripts:
+            file.write(json.dumps(transcript.to_json(), ensure_ascii=False) + "\n")
+    os.replace(partial, path)

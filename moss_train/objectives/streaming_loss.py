@@ -8,7 +8,9 @@ and stop silence, and the first token of a reply (`metrics.reply_starts`). A lab
 and the data gives it a positive weight; a sample masked out by the loader (weights 0) is as if it were absent.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,8 @@ from moss_train.data.batch import Batch
 from moss_train.objectives.config import ObjectiveConfig
 from moss_train.objectives.metrics import Decision, decision_counts, reply_starts
 from moss_train.streams.compiled import IGNORED_LABEL, Kind
+
+CrossEntropy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -34,21 +38,24 @@ class StreamingLoss:
     """Weighted, optionally focal cross-entropy over the labels of a microbatch.
 
     silence_id: the id of the silence token, only needed to count decisions.
-    tensor_group: the tensor-parallel group over which the last axis of the logits is split; None or a group of
-    one needs no process group at all.
     """
 
-    def __init__(
-        self,
-        config: ObjectiveConfig,
-        silence_id: int | None = None,
-        tensor_group: torch.distributed.ProcessGroup | None = None,
-    ):
+    def __init__(self, config: ObjectiveConfig, silence_id: int | None = None):
         config.validate()
         self.config = config
         self.silence_id = silence_id
-        self.tensor_group = tensor_group
+        self.tensor_group: torch.distributed.ProcessGroup | None = None
+        self._cross_entropy: CrossEntropy = partial(F.cross_entropy, reduction="none")
         self._weight_by_kind = torch.tensor(config.weight_by_kind(), dtype=torch.float32)
+
+    def split_over(self, tensor_group: torch.distributed.ProcessGroup, cross_entropy: CrossEntropy) -> None:
+        """From now on the last axis of the logits is this rank's share of the vocabulary: an engine says so.
+
+        cross_entropy: (float32 logits [K, V of this rank], labels [K] of the whole vocabulary) → float32 [K], computed
+        over `tensor_group`. A group of one splits nothing, and the plain cross-entropy stays.
+        """
+        if tensor_group.size() > 1:
+            self.tensor_group, self._cross_entropy = tensor_group, cross_entropy
 
     def normaliser(self, batch: Batch) -> torch.Tensor:
         """This microbatch's part of Z, float64 scalar. Sum it over all microbatches and data-parallel ranks.
@@ -67,8 +74,8 @@ class StreamingLoss:
         gives 0 with a graph, so that every rank takes part in the backward pass.
         """
         trained_TR = _trained(batch).T
-        # Only trained positions are lifted to float32: most positions are prompts and anchors, and the copy keeps
-        # megatron's vocabulary-parallel cross-entropy, which works in place, away from the model's own logits.
+        # Only trained positions are lifted to float32: most positions are prompts and anchors, and the copy keeps a
+        # vocabulary-parallel cross-entropy, which may work in place as megatron's does, away from the model's logits.
         logits_KV = logits_TRV[trained_TR].float()
         kinds_K = batch.kinds_RT.T[trained_TR].long()
         starts_K = reply_starts(batch.kinds_RT, batch.segments_RT).T[trained_TR]
@@ -102,15 +109,6 @@ class StreamingLoss:
         if self.silence_id is None:
             return torch.zeros(len(Decision), dtype=torch.int64, device=logits_KV.device)
         return decision_counts(logits_KV, kinds_K, starts_K, self.silence_id, self.tensor_group)
-
-    def _cross_entropy(self, logits_KV: torch.Tensor, labels_K: torch.Tensor) -> torch.Tensor:
-        if self.tensor_group is None or self.tensor_group.size() == 1:
-            return F.cross_entropy(logits_KV, labels_K, reduction="none")
-        from megatron.core import parallel_state, tensor_parallel
-
-        if self.tensor_group is not parallel_state.get_tensor_model_parallel_group():
-            raise ValueError("megatron-core 0.16.1 computes this loss over its own tensor-parallel group only")
-        return tensor_parallel.vocab_parallel_cross_entropy(logits_KV, labels_K)
 
     def _focal_factor(self, ce_K: torch.Tensor, kinds_K: torch.Tensor, starts_K: torch.Tensor) -> torch.Tensor | float:
         if self.config.focal_gamma == 0.0:

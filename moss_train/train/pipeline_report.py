@@ -11,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moss_train.checkpoint.store import latest, load_checkpoint
 from moss_train.errors import CheckpointError, ConfigError
-from moss_train.evaluate.command import write_transcripts
 from moss_train.evaluate.runner import EvaluationResult
+from moss_train.evaluate.transcript import write_transcripts
 from moss_train.report.html import write_html
 from moss_train.report.metrics_file import FILE_NAME, read_metrics
 from moss_train.report.quickstart import FULL, SMOKE, Requirements, build_report, print_report, write_report
@@ -92,7 +92,7 @@ def report_command(options: ReportOptions) -> int:
     figures["seconds"] = spent + time.monotonic() - began
     report = build_report(variants, figures, requirements)
     write_report(report, folder / "report.json")
-    write_transcripts(results[""], folder / "transcripts.jsonl")
+    write_transcripts(results[""].transcripts, folder / "transcripts.jsonl")
     corpus = evaluator.corpus(compiler)
     pictures = timeline_pictures(
         results[""].transcripts,

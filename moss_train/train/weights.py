@@ -90,9 +90,10 @@ def find_checkpoint(path: Path) -> Path | None:
     """`path` if it is a checkpoint, else the newest of a stage's folder or of a run's last trained stage; or None."""
     if (path / "manifest.json").is_file():
         return path
-    for folder in (path, path / "checkpoints"):
-        if step_directories(folder):
-            return latest(folder)
+    if step_directories(path):
+        return latest(path)
+    if (path / "checkpoints").is_dir():
+        return latest(path / "checkpoints")
     if not (path / CONFIG_FILE).is_file():
         return None
     stages = [name for name, _ in load_run(path).ordered_stages()]

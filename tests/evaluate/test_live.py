@@ -1,25 +1,19 @@
 """A clip played live: events in time, words as they come, figures of speed."""
 
 import io
-from dataclasses import fields
 
 import pytest
 import torch
 from rich.console import Console
 from scripted_model import ScriptedModel, shipped_tokenizer, world_stream
 
-from moss_train.cli_options import field_documentation, parse_options
-from moss_train.errors import CheckpointError, ConfigError
-from moss_train.evaluate.command import EvaluateOptions, evaluate_command
+from moss_train.errors import ConfigError
 from moss_train.evaluate.config import DecodeConfig
 from moss_train.evaluate.live import (
     LivePrinter,
     LiveResult,
-    StreamOptions,
     live_schedule,
     play,
-    stream_command,
-    system_of,
 )
 from moss_train.evaluate.schedule import read_stream
 from moss_train.streams.config import CompilerConfig
@@ -125,49 +119,6 @@ def test_control_characters_do_not_reach_the_terminal():
     assert "a▯[31mé[b]" in text.getvalue()
 
 
-def test_questions_on_the_way():
-    options = parse_options(
-        StreamOptions,
-        ["ckpt=c", "video=v", "questions=4.5:What colour is it; really?;9 : Where?", "question=Who: me?", "ask_at_s=6"],
-    )
-    assert options.asked() == [(4.5, "What colour is it; really?"), (6.0, "Who: me?"), (9.0, "Where?")]
-    assert parse_options(StreamOptions, ["ckpt=c", "video=v"]).asked() == []
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("questions=What?", "write times and questions"),
-        ("speed=-1", "speed=-1"),
-        ("fps=0", "fps=0"),
-        ("max_seconds=0", "max_seconds"),
-        ("decode.speak_threshold=2", "speak_threshold"),
-    ],
-)
-def test_illegal_options(argument, message):
-    with pytest.raises(ConfigError, match=message):
-        parse_options(StreamOptions, ["ckpt=c", "video=v", argument])
-
-
 def test_a_question_after_the_end_is_an_error():
     with pytest.raises(ConfigError, match="ends after 3.0 s.*Where"):
         live_schedule("clip", [(5.0, "Where?")], None, 1.0, 3.0, COMPILER, TOKENIZER)
-
-
-def test_missing_files_are_clear_errors(tmp_path):
-    video = tmp_path / "clip.mp4"
-    options = StreamOptions(ckpt=str(tmp_path / "none"), video=str(video))
-    with pytest.raises(ConfigError, match="no such file"):
-        stream_command(options)
-    video.write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="no checkpoint"):
-        stream_command(options)
-    with pytest.raises(CheckpointError, match="no checkpoint"):
-        evaluate_command(EvaluateOptions(ckpt=str(tmp_path / "none")))
-    assert system_of(None) is None
-    assert system_of(str(tmp_path)) is None
-
-
-def test_every_option_is_documented():
-    for options in (StreamOptions, EvaluateOptions):
-        assert set(field_documentation(options)) == {field.name for field in fields(options)}

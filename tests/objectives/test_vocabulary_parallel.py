@@ -6,7 +6,7 @@ import moss_train.parallel  # noqa: F401  the CPU seam goes in before megatron i
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from objective_batches import SILENCE, random_batch
 
 from moss_train.objectives.config import ObjectiveConfig
@@ -17,7 +17,9 @@ RANKS = 2
 
 
 def _loss_and_gradient(logits, batch, group):
-    objective = StreamingLoss(ObjectiveConfig(weights={"idle_silence": 0.1}, focal_gamma=2.0), SILENCE, group)
+    objective = StreamingLoss(ObjectiveConfig(weights={"idle_silence": 0.1}, focal_gamma=2.0), SILENCE)
+    if group is not None:
+        objective.split_over(group, tensor_parallel.vocab_parallel_cross_entropy)
     logits = logits.clone().requires_grad_()
     output = objective(logits, batch, objective.normaliser(batch))
     output.loss.backward()

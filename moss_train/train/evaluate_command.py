@@ -1,7 +1,5 @@
 """`moss-train eval`: free-running and teacher-forced figures of a checkpoint on packed streams."""
 
-import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +10,12 @@ from moss_train.data.corpus import load_source
 from moss_train.errors import ConfigError
 from moss_train.evaluate.config import DecodeConfig, EvaluationConfig
 from moss_train.evaluate.judges import JUDGES, load_judge
-from moss_train.evaluate.runner import EvaluationResult, evaluate_streams
+from moss_train.evaluate.runner import evaluate_streams
+from moss_train.evaluate.transcript import write_transcripts
+from moss_train.report.html import write_html
+from moss_train.report.quickstart import Requirements, build_report, print_report, write_report
+from moss_train.report.timelines import timeline_pictures
+from moss_train.train.restore import load_model, stage_of
 
 
 @dataclass
@@ -48,12 +51,6 @@ def evaluate_command(options: EvaluateOptions) -> int:
 
     Example: moss-train eval ckpt=outputs/quickstart data=data/heldout out=outputs/evaluation
     """
-    # a command stands at the door of the program: it may reach for what lies to the right of this room
-    from moss_train.report.html import write_html
-    from moss_train.report.quickstart import Requirements, build_report, print_report, write_report
-    from moss_train.report.timelines import timeline_pictures
-    from moss_train.train.restore import load_model, stage_of
-
     model, tokenizer, run = load_model(options.ckpt)
     stage = stage_of(options.ckpt)
     compiler = run.stages[stage].compiler
@@ -85,7 +82,7 @@ def evaluate_command(options: EvaluateOptions) -> int:
     if options.out is not None:
         out = Path(options.out)
         out.mkdir(parents=True, exist_ok=True)
-        write_transcripts(result, out / "transcripts.jsonl")
+        write_transcripts(result.transcripts, out / "transcripts.jsonl")
         write_report(report, out / "report.json")
         pictures = timeline_pictures(
             result.transcripts,
@@ -97,12 +94,3 @@ def evaluate_command(options: EvaluateOptions) -> int:
         page = write_html(out / "report.html", report, requirements, pictures=pictures, facts=facts)
         console.print(f"written to {page.parent}")
     return 0
-
-
-def write_transcripts(result: EvaluationResult, path: Path) -> None:
-    """One free-running transcript a line (`StreamTranscript.to_json`), whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for transcript in result.transcripts:
-            file.write(json.dumps(transcript.to_json(), ensure_ascii=False) + "\n")
-    os.replace(partial, path)

@@ -1,0 +1,53 @@
+"""The options of `eval` and `stream`, and what they say of missing files."""
+
+from dataclasses import fields
+
+import pytest
+
+from moss_train.cli_options import field_documentation, parse_options
+from moss_train.errors import CheckpointError, ConfigError
+from moss_train.train.evaluate_command import EvaluateOptions, evaluate_command
+from moss_train.train.stream_command import StreamOptions, stream_command, system_of
+
+
+def test_questions_on_the_way():
+    options = parse_options(
+        StreamOptions,
+        ["ckpt=c", "video=v", "questions=4.5:What colour is it; really?;9 : Where?", "question=Who: me?", "ask_at_s=6"],
+    )
+    assert options.asked() == [(4.5, "What colour is it; really?"), (6.0, "Who: me?"), (9.0, "Where?")]
+    assert parse_options(StreamOptions, ["ckpt=c", "video=v"]).asked() == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("questions=What?", "write times and questions"),
+        ("speed=-1", "speed=-1"),
+        ("fps=0", "fps=0"),
+        ("max_seconds=0", "max_seconds"),
+        ("decode.speak_threshold=2", "speak_threshold"),
+    ],
+)
+def test_illegal_options(argument, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_options(StreamOptions, ["ckpt=c", "video=v", argument])
+
+
+def test_missing_files_are_clear_errors(tmp_path):
+    video = tmp_path / "clip.mp4"
+    options = StreamOptions(ckpt=str(tmp_path / "none"), video=str(video))
+    with pytest.raises(ConfigError, match="no such file"):
+        stream_command(options)
+    video.write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        stream_command(options)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        evaluate_command(EvaluateOptions(ckpt=str(tmp_path / "none")))
+    assert system_of(None) is None
+    assert system_of(str(tmp_path)) is None
+
+
+def test_every_option_is_documented():
+    for options in (StreamOptions, EvaluateOptions):
+        assert set(field_documentation(options)) == {field.name for field in fields(options)}
