@@ -20,6 +20,7 @@ from moss_train.report.quickstart import (
     Requirements,
     figure_text,
     required_text,
+    streams_text,
 )
 from moss_train.report.timelines import TimelinePicture
 
@@ -107,7 +108,10 @@ def _table(report: Report, requirements: Requirements) -> str:
     variants = {
         prefix: title for prefix, title in VARIANTS.items() if any(prefix + name in report.figures for name in FIGURES)
     }
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in variants.values())
+    head = "".join(
+        f"<th>{html.escape(title)}<br>{html.escape(streams_text(report, prefix))}</th>"
+        for prefix, title in variants.items()
+    )
     lines = []
     for name, title in (FIGURES | COUNTS).items():
         if not any(prefix + name in report.figures for prefix in variants):

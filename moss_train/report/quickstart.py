@@ -147,8 +147,8 @@ def print_report(report: Report, requirements: Requirements = FULL, console: Con
         pad_edge=False,
     )
     table.add_column("figure", no_wrap=True)
-    for title in shown.values():
-        table.add_column(_two_lines(title), justify="right", no_wrap=True)
+    for prefix, title in shown.items():
+        table.add_column(_two_lines(title) + f"\n{streams_text(report, prefix)}", justify="right", no_wrap=True)
     table.add_column("required", justify="right", style="dim", no_wrap=True)
     for name, title in (FIGURES | COUNTS).items():
         if not any(_has(report, prefix, name) for prefix in shown):
@@ -167,6 +167,11 @@ def print_report(report: Report, requirements: Requirements = FULL, console: Con
     line = Text.assemble(*([verdict] if requirements.asked else []), details)
     if line:
         console.print(line, soft_wrap=True)
+
+
+def streams_text(report: Report, prefix: str) -> str:
+    """`n=64`: on how many streams a variant was evaluated, always the first ones of the source."""
+    return f"n={report.figures.get(prefix + 'n_streams', math.nan):.0f}"
 
 
 def _two_lines(title: str) -> str:

@@ -41,7 +41,8 @@ class ReportOptions:
     top."""
     comparisons: int | None = 64
     """Most streams on which the untrained model and the one without the last stage are evaluated: they talk all the
-    time, which is slow. Null evaluates them on every stream."""
+    time, which is slow. Both see the same streams, the first ones that the trained model sees (`untrained.n_streams`).
+    Null evaluates them on every stream."""
     pictures: int = 12
     """Clips whose timeline is drawn."""
 

@@ -121,10 +121,23 @@ def test_file_is_strict_json_in_the_agreed_form(tmp_path):
 
 def test_table_fits_a_terminal_and_says_what_failed():
     text = io.StringIO()
-    report = build_report(variants(speak_f1=0.5), RUN)
+    fewer = {"untrained.": WEAK | {"n_streams": 64}}
+    report = build_report(variants(speak_f1=0.5) | fewer, RUN)
+    assert report.figures["untrained.n_streams"] == 64
     print_report(report, console=Console(file=text, width=80, highlight=False))
     table = text.getvalue()
-    for part in ("free-", "teacher-", "untrained", "required", "≥ 0.95", "≤ 0.05", "✗ speak_f1 is 0.5", "failed"):
+    for part in (
+        "free-",
+        "teacher-",
+        "untrained",
+        "required",
+        "≥ 0.95",
+        "≤ 0.05",
+        "✗ speak_f1 is 0.5",
+        "failed",
+        "n=300",
+        "n=64",
+    ):
         assert part in table, part
     assert "…" not in table.replace("… evidence", ""), "a column was cut"
     assert "seconds 480, parameters 1,300,000" in table

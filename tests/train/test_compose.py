@@ -31,7 +31,8 @@ def test_published_hyperparameters():
         compiler, optim = stage.compiler, stage.optim
         found = (optim.lr, compiler.fps, compiler.min_frames, compiler.max_frames, stage.data.pack_text_tokens)
         assert (*found, stage.trainable) == published[name]
-        assert (optim.schedule, optim.warmup_fraction, optim.clip, optim.betas) == ("linear", 0.1, 1.0, [0.9, 0.999])
+        assert (optim.warmup, optim.warmup_fraction, optim.schedule) == ("logarithmic", 0.1, "linear")
+        assert (optim.clip, optim.betas) == (1.0, [0.9, 0.999])
         assert set(stage.objective.weights.values()) == {1.0, 0.0} and stage.objective.focal_gamma == 0.0
 
 
