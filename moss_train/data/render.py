@@ -48,7 +48,7 @@ class RenderOptions:
     """Captioned clips of 12 to 16 s."""
     sft: int = 600
     """Conversations about clips of 12 s; a tenth of them about nothing seen."""
-    realtime: int = 3000
+    realtime: int = 4500
     """Streams of 12 s."""
     heldout: int = 320
     """Held-out streams; every other source gets a fifth as many held-out samples."""

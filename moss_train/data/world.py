@@ -43,6 +43,9 @@ SCENARIOS: dict[str, float] = {
     "two_questions": 0.08,
     "silent": 0.07,
 }
+#: How often a question is about each attribute. Were they equally frequent, neither what changed nor what was asked
+#: about would say anything alone about whether to speak, and a small model would need far longer to find their relation.
+ASKED_ABOUT = {"colour": 0.45, "place": 0.3, "count": 0.25}
 KINDS = ("still_caption", "clip_caption", "conversation", "text", "stream")
 
 
@@ -78,7 +81,9 @@ class _Script:
         return int(self.rng.integers(low, high + 1))
 
     def attribute(self, other_than: tuple[str, ...] = ()) -> str:
-        return str(self.rng.choice([name for name in ATTRIBUTES if name not in other_than]))
+        names = [name for name in ATTRIBUTES if name not in other_than]
+        odds = np.array([ASKED_ABOUT[name] for name in names])
+        return str(self.rng.choice(names, p=odds / odds.sum()))
 
     @property
     def scene(self) -> Scene | None:
