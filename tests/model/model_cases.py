@@ -27,13 +27,24 @@ def tiny_config(**changes) -> ModelConfig:
     return ModelConfig(**{**settings, **changes})
 
 
-def stream(rng: np.random.Generator, frames: int, leading: int = 3, window: int | None = None, sinks: int = 0) -> dict:
-    """One stream as plain arrays: `leading` tokens, then frame anchors with one to four tokens behind each."""
+def stream(
+    rng: np.random.Generator,
+    frames: int,
+    leading: int = 3,
+    window: int | None = None,
+    sinks: int = 0,
+    jitter: bool = False,
+) -> dict:
+    """One stream as plain arrays: `leading` tokens, then frame anchors with one to four tokens behind each.
+
+    With `jitter` an anchor changes places with the token before it, unless that is an anchor too.
+    """
     anchor = 96
     ids, anchors = list(rng.integers(1, 96, leading)), []
     for _ in range(frames):
+        early = [ids.pop()] if jitter and ids and ids[-1] != anchor else []
         anchors.append(len(ids))
-        ids += [anchor, *rng.integers(1, 96, rng.integers(1, 5))]
+        ids += [anchor, *early, *rng.integers(1, 96, rng.integers(1, 5))]
     hi = np.cumsum(np.array(ids) == anchor)
     lo = np.zeros_like(hi) if window is None else np.maximum(hi - window, 0)
     return {

@@ -34,7 +34,7 @@ def test_segments_equal_dense(build, options, reference_compat):
         assert (results["segments"][1][name] - gradient).norm() <= 5e-5 * scale, name
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 2}, {"window": 1, "sinks": 2}])
+@pytest.mark.parametrize("options", [{}, {"jitter": True}, {"window": 2}, {"window": 1, "sinks": 2, "jitter": True}])
 @pytest.mark.parametrize("attention", ["segments", "dense"])
 def test_future_frames_change_nothing(build, options, attention):
     """Perturb frame f: logits of tokens with hi ≤ f, and of every other stream, are bit-identical."""
