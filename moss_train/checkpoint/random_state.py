@@ -9,6 +9,13 @@ import torch
 from moss_train.errors import CheckpointError
 
 
+def seed_random_state(seed: int) -> None:
+    """Start every generator of this process from `seed`, so that what is captured later follows from it."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def capture_random_state(rank: int = 0) -> dict[str, torch.Tensor]:
     """States of Python, numpy, torch and, where there is one, the CUDA device, named `random/<rank>/…`."""
     version, words, gauss = random.getstate()

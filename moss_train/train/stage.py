@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from moss_train.checkpoint.provenance import collect_provenance
-from moss_train.checkpoint.random_state import capture_random_state, restore_random_state
+from moss_train.checkpoint.random_state import capture_random_state, restore_random_state, seed_random_state
 from moss_train.checkpoint.retention import apply_retention
 from moss_train.checkpoint.store import Checkpoint, latest, load_checkpoint, save_checkpoint
 from moss_train.data.loader import Loader, build_loader
@@ -97,7 +97,7 @@ def run_stage(
     """
     state = groups.state()
     newest = latest(plan.checkpoints)
-    torch.manual_seed(run.seed)
+    seed_random_state(run.seed)
     model = VideoModel(run.model, state.tensor_group)
     if newest is None and origin is not None:
         origin.load(model)
