@@ -1,4 +1,4 @@
-"""The pipeline on two processes, as torchrun starts it: stopped in the middle of a stage, it ends with the same bits."""
+"""The pipeline on two processes, as torchrun starts it: stopped inside a stage, it ends with the same bits."""
 
 import os
 import signal
