@@ -42,7 +42,7 @@ class RenderOptions:
 
     out: str
     """Folder to make: `train/` and `heldout/`, each with a staging folder a source."""
-    align: int = 2000
+    align: int = 1000
     """Captioned stills of the training split."""
     temporal: int = 400
     """Captioned clips of 12 to 16 s."""
