@@ -42,7 +42,7 @@ class ConsoleSink:
         line.append(f"{row.step:>{len(str(row.total))}}/{row.total}", "bold")
         line.append(f" {row.step / max(1, row.total):>4.0%}  ", "dim")
         line.append("loss ", "dim")
-        line.append(f"{metrics['loss']:<9.4g}", "bold green")
+        line.append(f"{metrics['loss']:<10.4g}", "bold green")
         kinds = [(short, metrics.get(f"loss/{kind}")) for kind, short in _KINDS.items()]
         line.append(" ".join(f"{short} {value:.3g}" for short, value in kinds if value is not None), "dim")
         for part in (_learning_rates(metrics), _gradient(metrics), _speed(metrics), self._eta(row)):
