@@ -2,7 +2,8 @@
 
 Only the module of the verb that runs is imported, so that help and misspelt verbs answer at once. A command is a
 function that takes its options dataclass (or, for `train`, the raw overrides) and returns the exit code.
-Errors that a user can mend are one line on standard error and exit code 2; anything else keeps its traceback.
+Errors that a user can mend are one line (and at most a short list) on standard error and exit code 2; anything else
+keeps its traceback.
 """
 
 import difflib
@@ -30,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "stream": ("moss_train.train.stream_command:stream", "play a clip and print what the model says"),
     "doctor": ("moss_train.doctor:doctor", "versions, devices and what is missing"),
 }
+_OFFENDERS_SHOWN = 8  #: of a list that may have an entry for every parameter of a model
 #: Verbs whose function takes the raw overrides; their module's HELP is printed for --help.
 RAW_VERBS = ("train",)
 
@@ -45,14 +47,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except MossTrainError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_message(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:  # a folder that cannot be written, a full disk, a file that is not there
-        print(f"error: {' '.join(_describe(error).split())}", file=sys.stderr)
+        print(f"error: {_message(_describe(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _message(text: str) -> str:
+    """One line, and below it the first of a list of offenders (lines indented by two), if the error has one."""
+    head, *offenders = (" ".join(part.split()) for part in text.split("\n  "))
+    hidden = len(offenders) - _OFFENDERS_SHOWN
+    more = [f"… and {hidden} more"] if hidden > 0 else []
+    return "\n  ".join([head, *offenders[:_OFFENDERS_SHOWN], *more])
 
 
 def _describe(error: OSError) -> str:

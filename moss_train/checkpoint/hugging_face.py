@@ -129,7 +129,13 @@ def import_weights(model, weights: Mapping[str, torch.Tensor], origin: str) -> N
         if tuple(weights[name].shape) != shapes[name]
     ]
     if problems:
-        raise CheckpointError(f"{origin} does not fit the model:\n  " + "\n  ".join(problems))
+        kinds = ", ".join(
+            f"{sum(problem.startswith(word) for problem in problems)} {word}" for word in ("missing", "unexpected")
+        )
+        misshaped = sum(not problem.startswith(("missing", "unexpected")) for problem in problems)
+        raise CheckpointError(
+            f"{origin} does not fit the model: {kinds}, {misshaped} of another shape\n  " + "\n  ".join(problems)
+        )
     with torch.no_grad():
         for reference, ours in wanted.items():
             parameters[ours].copy_(weights[reference])

@@ -44,7 +44,7 @@ SCENARIOS: dict[str, float] = {
     "silent": 0.07,
 }
 #: How often a question is about each attribute. Were they equally frequent, neither what changed nor what was asked
-#: about would say anything alone about whether to speak, and a small model would need far longer to find their relation.
+#: would say anything alone about whether to speak, and a small model would need far longer to find their relation.
 ASKED_ABOUT = {"colour": 0.45, "place": 0.3, "count": 0.25}
 KINDS = ("still_caption", "clip_caption", "conversation", "text", "stream")
 
