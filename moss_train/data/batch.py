@@ -9,6 +9,22 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 
+@dataclass(frozen=True)
+class FrameShare:
+    """Which of `ranks` contiguous shares of a microbatch's frames a process decodes and encodes."""
+
+    rank: int | None = 0  #: None: it holds no frame
+    ranks: int = 1
+
+    def bounds(self, frames: int) -> tuple[int, ...]:
+        """Where the shares of `frames` frames begin, and the end: share k holds [bounds[k], bounds[k + 1])."""
+        return tuple(k * frames // self.ranks for k in range(self.ranks + 1))
+
+    def of(self, bounds: tuple[int, ...]) -> tuple[int, int]:
+        """First frame and end of this process's share; (0, 0) when it has none."""
+        return (0, 0) if self.rank is None else (bounds[self.rank], bounds[self.rank + 1])
+
+
 @dataclass
 class Batch:
     """One microbatch. Rows are padded on the right; padding has segment -1, label -100 and sees no frame.
@@ -29,17 +45,33 @@ class Batch:
     visible_hi_RT: torch.Tensor  #: int32
     sink_lo_RT: torch.Tensor  #: int32
     sink_hi_RT: torch.Tensor  #: int32
-    frames_NCHW: torch.Tensor  #: uint8 RGB (normalised in the vision tower), or float, already normalised
+    frames_NCHW: torch.Tensor  #: uint8 RGB (normalised in the vision tower), or float, already normalised; see bounds
     frame_rows_N: torch.Tensor  #: int64, the row of each frame
     frame_slots_N: torch.Tensor  #: int64, its index f within the row
     frame_positions_RF: torch.Tensor  #: int64, rotary position of each frame; 0 where padded
     frame_counts_R: torch.Tensor  #: int64, real frames of each row
+    #: Where the shares of the N frames begin, and N. `frames_NCHW` holds the frames of this process's share alone, all
+    #: else describes all N. () when `frames_NCHW` holds all of them.
+    frame_bounds: tuple[int, ...] = ()
     keys: tuple[tuple[str, ...], ...] = ()  #: per row, the keys of its streams
     sources: tuple[tuple[str, ...], ...] = ()  #: per row, the source of each stream
 
     @property
     def rows(self) -> int:
         return self.ids_RT.shape[0]
+
+    @property
+    def frames(self) -> int:
+        """N: frames of the whole microbatch, on whichever process they are."""
+        return self.frame_rows_N.shape[0]
+
+    def share(self, share: FrameShare) -> "Batch":
+        """The same microbatch with the frames of one share alone; this one must hold all frames."""
+        if self.frame_bounds:
+            raise ValueError("this batch holds one share of its frames already")
+        bounds = share.bounds(self.frames)
+        first, end = share.of(bounds)
+        return replace(self, frames_NCHW=self.frames_NCHW[first:end], frame_bounds=bounds)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with every tensor on `device`."""

@@ -4,8 +4,10 @@ import math
 from dataclasses import dataclass, field
 
 from moss_train.errors import ConfigError
+from moss_train.model.config import RecomputeConfig
 
 ENGINES = ("megatron",)
+OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("linear", "cosine", "constant")
 WARMUPS = ("linear", "logarithmic")
 
@@ -16,17 +18,31 @@ class EngineConfig:
 
     name: str = "megatron"
     """megatron: megatron-core's DDP, optimizer and schedules."""
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    """What the backward pass computes again to save memory."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over data-parallel processes bucket by bucket while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass goes on; needs layout.zero=1 and overlap_grad_reduce."""
 
     def validate(self) -> None:
-        """Raise ConfigError unless the engine exists."""
+        """Raise ConfigError for the first field that cannot be."""
         if self.name not in ENGINES:
             raise ConfigError(f"engine.name={self.name!r}: legal values are {', '.join(ENGINES)}")
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise ConfigError("engine.overlap_param_gather=true: needs engine.overlap_grad_reduce=true")
+        try:
+            self.recompute.validate()
+        except ConfigError as error:
+            raise ConfigError(f"engine.{error}") from error
 
 
 @dataclass
 class OptimConfig:
-    """AdamW and its learning rate. The defaults are what the reference's offline SFT amounts to."""
+    """The optimizer and its learning rate. The defaults are what the reference's offline SFT amounts to."""
 
+    name: str = "adamw"
+    """adamw, or sgd (without momentum; for comparisons, since it keeps no state)."""
     lr: float = 1e-5
     """Peak learning rate of every parameter group that `group_lr` does not name."""
     group_lr: dict[str, float] = field(default_factory=dict)
@@ -53,6 +69,8 @@ class OptimConfig:
 
     def validate(self) -> None:
         """Raise ConfigError for the first field that cannot be. Names of groups are checked with the model."""
+        if self.name not in OPTIMIZERS:
+            raise ConfigError(f"optim.name={self.name!r}: legal values are {', '.join(OPTIMIZERS)}")
         at_least_zero = {"lr": self.lr, "min_lr": self.min_lr, "weight_decay": self.weight_decay, "clip": self.clip}
         at_least_zero |= {f"group_lr.{name}": rate for name, rate in self.group_lr.items()}
         for name, value in at_least_zero.items():

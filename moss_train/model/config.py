@@ -82,6 +82,32 @@ class TextConfig:
     """Scaling of the rotary frequencies; null for none."""
 
 
+RECOMPUTED = ("none", "selective", "full")
+
+
+@dataclass
+class RecomputeConfig:
+    """What the backward pass computes again instead of keeping it from the forward pass."""
+
+    self_layers: str = "none"
+    """Self layers: none; selective (the attending and the gated product of the feed-forward); full (whole layers)."""
+    cross_layers: str = "none"
+    """Cross layers: none; selective (keys and values of the frames, the attending, the gated product); full."""
+    tower: bool = False
+    """The vision tower's layers, by chunks of frames. It is always recomputed with `layout.frame_shard=model_parallel`
+    while it is trained."""
+    tower_frames: int | None = None
+    """Frames that go through the tower at a time; null: all of a microbatch's."""
+
+    def validate(self) -> None:
+        """Raise ConfigError for the first field that cannot be."""
+        for name in ("self_layers", "cross_layers"):
+            if getattr(self, name) not in RECOMPUTED:
+                raise ConfigError(f"recompute.{name}={getattr(self, name)!r}: legal values are {', '.join(RECOMPUTED)}")
+        if self.tower_frames is not None and self.tower_frames < 1:
+            raise ConfigError(f"recompute.tower_frames={self.tower_frames}: must be at least 1, or null for all")
+
+
 @dataclass
 class ModelConfig:
     """A gated cross-attention video model."""

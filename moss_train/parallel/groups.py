@@ -8,25 +8,54 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from moss_train.errors import ConfigError
 from moss_train.parallel.config import LayoutConfig
 
 
 @dataclass(frozen=True)
 class ParallelState:
-    """This process's place in the layout and the groups it belongs to."""
+    """This process's place in the layout and the groups it belongs to.
 
+    Of each kind there is this process's number (`…_rank`), how many there are (`…_ranks`) and the group of processes
+    that differ in that number alone.
+    """
+
+    layout: LayoutConfig
     rank: int
     world_size: int
-    data_rank: int
-    data_ranks: int
     device: torch.device
+    data_rank: int  #: which part of the global batch
+    data_ranks: int
+    tensor_rank: int
+    tensor_ranks: int
+    pipeline_rank: int
+    pipeline_ranks: int
+    frame_rank: int  #: which part of the frames in the cross layers (`layout.cp`)
+    frame_ranks: int
+    share_rank: int | None  #: which share of a microbatch's frames it decodes and encodes; None: none
+    share_ranks: int
     tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    frame_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
+    data_frame_group: dist.ProcessGroup  #: data × frame: all that hold the same parameters and reduce their gradients
+    model_group: dist.ProcessGroup  #: tensor × pipeline: one copy of the parameters
+    own_group: dist.ProcessGroup  #: this process alone
 
     @property
     def is_main(self) -> bool:
         """True on the one process that prints and writes reports."""
         return self.rank == 0
+
+    @property
+    def first_stage(self) -> bool:
+        """Holds the embedding."""
+        return self.pipeline_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        """Holds the head."""
+        return self.pipeline_rank == self.pipeline_ranks - 1
 
 
 _state: ParallelState | None = None
@@ -46,26 +75,60 @@ def initialize(layout: LayoutConfig | None = None, seed: int = 0) -> ParallelSta
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
+    backend = layout.backend or ("nccl" if use_cuda else "gloo")
+    if layout.overlap_p2p and backend == "gloo":
+        raise ConfigError("layout.overlap_p2p=true: gloo overwrites what is still being sent, silently; set it to false")
     if not dist.is_initialized():
-        backend = layout.backend or ("nccl" if use_cuda else "gloo")
         timeout = timedelta(minutes=layout.timeout_minutes)
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     layout.validate(dist.get_world_size())
-    parallel_state.initialize_model_parallel(layout.tp, layout.pp)
+    # Megatron's context-parallel groups have the members that ours need; its own context parallelism stays off.
+    parallel_state.initialize_model_parallel(
+        layout.tp,
+        layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    _state = ParallelState(
+    _state = _read_state(layout, device)
+    return _state
+
+
+def _read_state(layout: LayoutConfig, device: torch.device) -> ParallelState:
+    frame_rank = parallel_state.get_context_parallel_rank()
+    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+    pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
+    if layout.sharding == "model_parallel":
+        share_rank = (frame_rank * layout.pp + pipeline_rank) * layout.tp + tensor_rank
+    else:
+        share_rank = frame_rank * layout.tp + tensor_rank if pipeline_rank == 0 else None
+    own_group, _ = dist.new_subgroups(group_size=1)
+    return ParallelState(
+        layout=layout,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
+        device=device,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_ranks=parallel_state.get_data_parallel_world_size(),
-        device=device,
+        tensor_rank=tensor_rank,
+        tensor_ranks=layout.tp,
+        pipeline_rank=pipeline_rank,
+        pipeline_ranks=layout.pp,
+        frame_rank=frame_rank,
+        frame_ranks=layout.cp,
+        share_rank=share_rank,
+        share_ranks=layout.share_ranks,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        frame_group=parallel_state.get_context_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
+        data_frame_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        model_group=parallel_state.get_model_parallel_group(),
+        own_group=own_group,
     )
-    return _state
 
 
 def state() -> ParallelState:
