@@ -1,7 +1,7 @@
 """Attention backends: over a plan of runs, over dense masks, over the caches of running streams.
 
 Every backend answers the same two calls, so layers do not know which one runs. Shape suffixes: T tokens, R rows,
-F frames, P vision tokens of a frame, A query heads, B key/value heads, D head width; AD = heads and width joined.
+N frames held, P vision tokens of a frame, A query heads, B key/value heads, D head width; AD = heads and width joined.
 """
 
 from typing import Protocol
@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from moss_train.model.frame_parallel import frame_parallel_attention, frames_of
 from moss_train.model.visibility import AttentionPlan
 
 
@@ -18,7 +19,7 @@ class AttentionBackend(Protocol):
     def self_attention(self, layer: int, q_TRAD, k_TRBD, v_TRBD) -> torch.Tensor:
         """Causal attention among the tokens of each stream, [T, R, AD]."""
 
-    def cross_attention(self, layer: int, q_TRAD, k_RFPBD, v_RFPBD) -> torch.Tensor:
+    def cross_attention(self, layer: int, q_TRAD, k_NPBD, v_NPBD) -> torch.Tensor:
         """Attention of each token over the frames it sees, [T, R, AD]; exactly zero where it sees none."""
 
 
@@ -45,11 +46,15 @@ def _collect(results: list[torch.Tensor], plan: AttentionPlan, tokens: int, rows
 
 
 class SegmentAttention:
-    """Unmasked attention call by call over groups of runs: the default without a fused kernel."""
+    """Unmasked attention call by call over groups of runs: the default without a fused kernel.
 
-    def __init__(self, self_plan: AttentionPlan | None, cross_plan: AttentionPlan):
+    frame_group: processes that share the frames; each holds a part of them, and `cross_plan` is over that part.
+    """
+
+    def __init__(self, self_plan: AttentionPlan | None, cross_plan: AttentionPlan, frame_group=None):
         self.self_plan = self_plan
         self.cross_plan = cross_plan
+        self.frame_group = frame_group
 
     def self_attention(self, layer, q_TRAD, k_TRBD, v_TRBD):
         tokens, rows = q_TRAD.shape[:2]
@@ -60,36 +65,34 @@ class SegmentAttention:
         results = [_attend(*(_take(x, group.queries_GL) for x in flat), causal=True) for group in self.self_plan.groups]
         return _collect(results, self.self_plan, tokens, rows, q_TRAD)
 
-    def cross_attention(self, layer, q_TRAD, k_RFPBD, v_RFPBD):
+    def cross_attention(self, layer, q_TRAD, k_NPBD, v_NPBD):
         tokens, rows = q_TRAD.shape[:2]
-        q, k, v = q_TRAD.flatten(0, 1), k_RFPBD.flatten(0, 1), v_RFPBD.flatten(0, 1)
+        if self.frame_group is not None:
+            return frame_parallel_attention(q_TRAD, k_NPBD, v_NPBD, self.cross_plan, self.frame_group)
+        q = q_TRAD.flatten(0, 1)
         results = []
         for group in self.cross_plan.groups:
-            if group.first_frame is not None:
-                count = group.keys_GK.shape[1]
-                seen = [x.narrow(0, group.first_frame, count)[None] for x in (k, v)]
-            else:
-                seen = [_take(x, group.keys_GK) for x in (k, v)]
-            results.append(_attend(_take(q, group.queries_GL), *(x.flatten(1, 2) for x in seen)))
+            seen = [frames_of(group, x).flatten(1, 2) for x in (k_NPBD, v_NPBD)]
+            results.append(_attend(_take(q, group.queries_GL), *seen))
         return _collect(results, self.cross_plan, tokens, rows, q_TRAD)
 
 
 class DenseAttention:
     """Full boolean masks: slow and large, the independent check of the other backends."""
 
-    def __init__(self, self_mask_RTT: torch.Tensor, cross_mask_RTF: torch.Tensor):
+    def __init__(self, self_mask_RTT: torch.Tensor, cross_mask_RTN: torch.Tensor):
         self.self_mask_RTT = self_mask_RTT
-        self.cross_mask_RTF = cross_mask_RTF
+        self.cross_mask_RTN = cross_mask_RTN
 
     def self_attention(self, layer, q_TRAD, k_TRBD, v_TRBD):
         q, k, v = (x.transpose(0, 1) for x in (q_TRAD, k_TRBD, v_TRBD))
         return _attend(q, k, v, mask=self.self_mask_RTT[:, None]).flatten(2).transpose(0, 1)
 
-    def cross_attention(self, layer, q_TRAD, k_RFPBD, v_RFPBD):
-        mask_RTK = self.cross_mask_RTF.repeat_interleave(k_RFPBD.shape[2], dim=2)
+    def cross_attention(self, layer, q_TRAD, k_NPBD, v_NPBD):
+        rows = q_TRAD.shape[1]
+        mask_RTK = self.cross_mask_RTN.repeat_interleave(k_NPBD.shape[1], dim=2)
         blind_RT1 = ~mask_RTK.any(-1, keepdim=True)
+        keys, values = (x.flatten(0, 1)[None].expand(rows, -1, -1, -1) for x in (k_NPBD, v_NPBD))
         # A row without a single True has no softmax; let it attend anywhere and set its result to zero.
-        mixed = _attend(
-            q_TRAD.transpose(0, 1), k_RFPBD.flatten(1, 2), v_RFPBD.flatten(1, 2), mask=(mask_RTK | blind_RT1)[:, None]
-        ).flatten(2)
+        mixed = _attend(q_TRAD.transpose(0, 1), keys, values, mask=(mask_RTK | blind_RT1)[:, None]).flatten(2)
         return mixed.masked_fill(blind_RT1, 0.0).transpose(0, 1)
