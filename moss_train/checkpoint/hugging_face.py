@@ -92,7 +92,7 @@ def reference_names(model) -> dict[str, str]:
             for name, reference in VISION_LAYER.items():
                 if name in present:
                     names[f"vision_tower.{ours}.{index}.{name}"] = f"vision_model.{theirs}.layers.{index}.{reference}"
-    for layer in model.layers:
+    for layer in model.decoder_layers:
         for name, reference in (CROSS_LAYER if isinstance(layer, CrossLayer) else SELF_LAYER).items():
             names[f"layers.{layer.index}.{name}"] = f"language_model.model.layers.{layer.index}.{reference}"
     return names

@@ -11,10 +11,17 @@ import torch
 
 @dataclass(frozen=True)
 class FrameShare:
-    """Which of `ranks` contiguous shares of a microbatch's frames a process decodes and encodes."""
+    """Which of `ranks` contiguous shares of a microbatch's frames a process decodes and encodes.
+
+    Raises ValueError when there is no such share.
+    """
 
     rank: int | None = 0  #: None: it holds no frame
     ranks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1 or not (self.rank is None or 0 <= self.rank < self.ranks):
+            raise ValueError(f"frame share {self.rank} does not exist among {self.ranks}")
 
     def bounds(self, frames: int) -> tuple[int, ...]:
         """Where the shares of `frames` frames begin, and the end: share k holds [bounds[k], bounds[k + 1])."""
@@ -23,6 +30,9 @@ class FrameShare:
     def of(self, bounds: tuple[int, ...]) -> tuple[int, int]:
         """First frame and end of this process's share; (0, 0) when it has none."""
         return (0, 0) if self.rank is None else (bounds[self.rank], bounds[self.rank + 1])
+
+
+ALL_FRAMES = FrameShare()  #: the share of a process that decodes and encodes every frame itself
 
 
 @dataclass

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from moss_train.data.batch import Batch
+from moss_train.data.batch import ALL_FRAMES, Batch, FrameShare
+from moss_train.data.packing import cut_frames
 from moss_train.streams.compiled import IGNORED_LABEL, CompiledStream
 
-#: one stream of a row: its tokens, and its frames uint8 [F, 3, S, S]
+#: one stream of a row: its tokens, and its frames uint8 [F, 3, S, S], those of this process's share alone
 RowStream = tuple[CompiledStream, torch.Tensor]
 
 
@@ -16,17 +17,19 @@ def collate(
     rows: Sequence[Sequence[RowStream]],
     image_size: int | None = None,
     sources: Sequence[Sequence[str]] | None = None,
+    share: FrameShare = ALL_FRAMES,
+    bounds: tuple[int, ...] = (),
 ) -> Batch:
     """One microbatch of `rows`; a row is the list of its streams and may be empty (then it is padding alone).
 
     `image_size` S sizes the frame tensor when no stream has frames; None takes it from the streams. `sources` are
-    the names that go into `Batch.sources`. The batch is T tokens wide, T the longest row's, at least 1; padding has
-    id 0. Raises ValueError when a stream's frames do not fit its requests.
+    the names that go into `Batch.sources`. `share` and `bounds` (`Batch.frame_bounds`) say which of the frames are
+    given: of each stream those that lie in [bounds[share.rank], bounds[share.rank + 1]) of all frames in order, which
+    may be none; without them all are. The batch is T tokens wide, T the longest row's, at least 1; padding has id 0.
+    Raises ValueError when a stream's frames do not fit its requests.
     """
     rows = [list(row) for row in rows] or [[]]
-    for stream, frames in (pair for row in rows for pair in row):
-        if len(frames) != len(stream.frames):
-            raise ValueError(f"stream {stream.key!r} asks for {len(stream.frames)} frames and was given {len(frames)}")
+    _check_frames([pair for row in rows for pair in row], share, bounds)
     height = len(rows)
     width = max(1, *(sum(len(stream.ids) for stream, _ in row) for row in rows))
     depth = max(sum(len(stream.frames) for stream, _ in row) for row in rows)
@@ -77,13 +80,25 @@ def collate(
         frame_slots_N=torch.from_numpy(np.concatenate([np.arange(count) for count in counts])),
         frame_positions_RF=torch.from_numpy(frame_positions),
         frame_counts_R=torch.from_numpy(frame_counts),
+        frame_bounds=bounds,
         keys=tuple(tuple(stream.key for stream, _ in row) for row in rows),
         sources=tuple(tuple(names) for names in sources) if sources is not None else tuple(() for _ in rows),
     )
 
 
+def _check_frames(streams: list[RowStream], share: FrameShare, bounds: tuple[int, ...]) -> None:
+    """ValueError unless the given frames are those that the share holds."""
+    counts = [len(stream.frames) for stream, _ in streams]
+    if bounds and (len(bounds) != share.ranks + 1 or bounds[-1] != sum(counts)):
+        raise ValueError(f"bounds {bounds} do not cut {sum(counts)} frames in {share.ranks} shares")
+    first, end = share.of(bounds) if bounds else (0, sum(counts))
+    for (stream, frames), part in zip(streams, cut_frames(counts, first, end), strict=True):
+        if len(frames) != len(part):
+            raise ValueError(f"stream {stream.key!r} asks for {len(part)} frames and was given {len(frames)}")
+
+
 def _join_frames(parts: list[torch.Tensor], image_size: int | None) -> torch.Tensor:
-    """[N, 3, S, S] of all frames in order."""
+    """[N, 3, S, S] of all given frames in order."""
     with_frames = [part for part in parts if len(part)]
     if with_frames:
         return torch.cat(with_frames)

@@ -1,12 +1,13 @@
 """One packed source, sample by sample: its JSON, its media's facts, its compiled streams and its pictures."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from moss_train.data.decode import DecodedArrays
+from moss_train.data.decode import DecodedArrays, DecodeLimits
 from moss_train.data.decode_job import DecodeJob, read_range, run_job
 from moss_train.data.index import IndexedSample, SourceIndex, load_index
 from moss_train.errors import SampleError
@@ -88,7 +89,12 @@ class Corpus:
         if self._tokenizer is None:
             raise ValueError("this corpus was opened without a tokenizer, so it cannot compile")
         sample = self.sample(key)
-        return compile_sample(sample, self._media_info(sample), self._tokenizer, self._compiler, rng)
+        compiled = compile_sample(sample, self._media_info(sample), self._tokenizer, self._compiler, rng)
+        asked = Counter(request.media_id for request in compiled.frames)
+        # The decoder counts too, but where frames are shared out no one decoder sees all requests.
+        if max(asked.values(), default=0) > DecodeLimits.max_frames:
+            raise SampleError(key, f"more than {DecodeLimits.max_frames} frames are asked of one medium")
+        return compiled
 
     def frames(self, key: str, requests: Sequence[FrameRequest]) -> torch.Tensor:
         """uint8 RGB [F, 3, S, S]: the asked pictures, decoded here and now."""

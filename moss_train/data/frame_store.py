@@ -1,4 +1,8 @@
-"""Decoded frames, once per clip: a bounded cache in the training process, decoder processes for what it lacks."""
+"""Decoded frames, once per request: a bounded cache in the training process, decoder processes for what it lacks.
+
+What is cached answers the very same requests only, never part of others. So the pixels of a request depend on nothing
+that was asked before, not even where a decoder gives up on one part of a clip and another one takes its place.
+"""
 
 from collections import OrderedDict
 from concurrent.futures import Future

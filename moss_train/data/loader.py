@@ -1,9 +1,10 @@
 """The training loader: global batches in the order of the run, this rank's rows decoded and collated.
 
 Every rank plans every global batch from compiled lengths (no pixel involved), so all ranks agree on rows and
-microbatches without talking to each other; each decodes only the streams of its own rows. What only the rank that
-tried can know, a clip that does not decode or a shard that it cannot read, is told to all (`agree`) before the step is
-delivered. The loader's state is (epoch, step, fingerprint), whatever the number of ranks and workers.
+microbatches without talking to each other; each decodes only the frames of its own rows, and of these only its own
+share (`FrameShare`) where several ranks work on the same rows. What only the rank that tried can know, a clip that does
+not decode or a shard that it cannot read, is told to all (`agree`) before the step is delivered. The loader's state is
+(epoch, step, fingerprint), whatever the number of ranks and workers.
 """
 
 import time
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from moss_train.data.batch import Batch
+from moss_train.data.batch import ALL_FRAMES, Batch, FrameShare
 from moss_train.data.blend import Blend, blend_source
 from moss_train.data.collate import collate
 from moss_train.data.config import DataConfig
@@ -24,7 +25,15 @@ from moss_train.data.corpus import Corpus, load_source
 from moss_train.data.decode_pool import DecodeFailure, DecodePool
 from moss_train.data.frame_store import FrameStore, PendingFrames
 from moss_train.data.order import augmentation_rng
-from moss_train.data.packing import CostModel, cut_microbatches, deal_rows, microbatch_count, pack_rows
+from moss_train.data.packing import (
+    CostModel,
+    bounds_of_kept,
+    cut_frames,
+    cut_microbatches,
+    deal_rows,
+    microbatch_count,
+    pack_rows,
+)
 from moss_train.data.quarantine import Fault, Quarantine
 from moss_train.errors import ConfigError, DataError, MossTrainError, SampleError
 from moss_train.streams.compiled import CompiledStream
@@ -65,7 +74,7 @@ class _Plan:
     keys: list[str]
     streams: list[_Stream] = field(default_factory=list)
     microbatches: list[list[list[int]]] = field(default_factory=list)  #: this rank's: microbatch → row → streams
-    frames: dict[int, PendingFrames | torch.Tensor] = field(default_factory=dict)  #: of this rank's streams
+    frames: dict[int, PendingFrames | torch.Tensor] = field(default_factory=dict)  #: stream → its frames in our share
     bad: list[tuple[Corpus, SampleError]] = field(default_factory=list)
     over_budget: list[CompiledStream] = field(default_factory=list)
 
@@ -80,17 +89,23 @@ def build_loader(
     data_ranks: int = 1,
     quarantine_path: Path | None = None,
     agree: Agree | None = None,
+    frame_share: FrameShare = ALL_FRAMES,
+    microbatch_multiple: int = 1,
 ) -> "Loader":
     """Open every source of the blend. `image_size` in pixels; `quarantine_path` is the ledger to append to.
 
-    Ranks that share a `data_rank` see the same data. Where there are several ranks of either kind, give the ledger's
-    path to one of them and `agree` (`parallel.agreement.gather_lists`) to all: without it each rank masks and counts
-    what it alone could not decode.
+    Ranks that share a `data_rank` see the same batches; of their frames each decodes and delivers its `frame_share`.
+    Every step has a multiple of `microbatch_multiple` microbatches; the last ones may be padding alone.
+
+    Where there are several ranks of either kind, give the ledger's path to one of them and `agree`
+    (`parallel.agreement.gather_lists`) to all: without it each rank masks and counts what it alone could not decode.
     Raises ConfigError for illegal settings, DataError for sources that are missing, damaged or stale.
     """
     data.validate()
     if not 0 <= data_rank < data_ranks:
         raise ConfigError(f"data rank {data_rank} does not exist among {data_ranks} data ranks")
+    if microbatch_multiple < 1:
+        raise ConfigError(f"microbatch_multiple={microbatch_multiple} must be at least 1")
     corpora = [
         load_source(
             source.path, tokenizer, compiler, image_size, data.decoder, data.max_frame_pixels, source.name or name
@@ -106,7 +121,24 @@ def build_loader(
     blend = Blend(sources, data, seed, {"tokenizer": tokenizer.fingerprint} | compiled_with)
     # Augmented streams differ from epoch to epoch, so keeping them would only fill memory.
     augmented = compiler.jitter_probability > 0
-    return Loader(data, corpora, blend, image_size, augmented, data_rank, data_ranks, quarantine_path, agree)
+    quarantine = Quarantine(
+        quarantine_path,
+        sum(map(len, corpora)),
+        data.max_bad_fraction,
+        {corpus.name: corpus.index.fingerprint for corpus in corpora},
+    )
+    place = _Place(data_rank, data_ranks, frame_share, microbatch_multiple)
+    return Loader(data, corpora, blend, image_size, augmented, place, quarantine, agree)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Which part of every global batch is this rank's."""
+
+    data_rank: int
+    data_ranks: int
+    share: FrameShare
+    microbatch_multiple: int
 
 
 class Loader:
@@ -119,9 +151,8 @@ class Loader:
         blend: Blend,
         image_size: int,
         augmented: bool,
-        data_rank: int,
-        data_ranks: int,
-        quarantine_path: Path | None,
+        place: "_Place",
+        quarantine: Quarantine,
         agree: Agree | None,
     ):
         self._data = data
@@ -129,15 +160,14 @@ class Loader:
         self._blend = blend
         self._image_size = image_size
         self._augmented = augmented
-        self._rank = data_rank
-        self._ranks = data_ranks
+        self._place = place
         self._cost = CostModel()
         pool = DecodePool(data.workers, data.decode_timeout_s) if data.workers else None
         self._store = FrameStore(pool, data.frame_cache_mb)
         self._streams = _StreamCache(data.compiled_cache_mb)
-        fingerprints = {corpus.name: corpus.index.fingerprint for corpus in corpora}
-        self._quarantine = Quarantine(quarantine_path, sum(map(len, corpora)), data.max_bad_fraction, fingerprints)
-        self._earlier = self._quarantine.earlier  #: faults of the ledger that the other ranks have not heard of yet
+        self._no_frames = torch.zeros((0, 3, image_size, image_size), dtype=torch.uint8)
+        self._quarantine = quarantine
+        self._earlier = quarantine.earlier  #: faults of the ledger that the other ranks have not heard of yet
         self._agree = agree or (lambda own: [own])
         self._counters: Counter[str] = Counter()
         self._planned: deque[_Plan] = deque()
@@ -213,7 +243,7 @@ class Loader:
 
     def counters(self) -> dict[str, int]:
         """Since the loader was built, over all ranks: streams delivered, masked (those over budget among them) and
-        samples quarantined; of this rank: clips decoded and served from the cache."""
+        samples quarantined; of this rank: clips, or its shares of them, decoded and served from the cache."""
         return {
             "streams": self._counters["streams"],
             "masked": self._counters["masked"],
@@ -232,16 +262,7 @@ class Loader:
         began = time.perf_counter()
         plan, quarantined = self._agreed_plan()
         masked = len(plan.bad) + len(plan.over_budget) + sum(self._is_bad(stream) for stream in plan.streams)
-        microbatches = []
-        for rows in plan.microbatches:
-            kept = [[s for s in row if not self._is_bad(plan.streams[s])] for row in rows]
-            microbatches.append(
-                collate(
-                    [[(plan.streams[s].compiled, self._frames(plan, s)) for s in row] for row in kept],
-                    self._image_size,
-                    [[plan.streams[s].corpus.name for s in row] for row in kept],
-                )
-            )
+        microbatches = [self._microbatch(plan, rows) for rows in plan.microbatches]
         self._counters["streams"] += len(plan.keys) - masked
         self._counters["masked"] += masked
         self._counters["over_budget"] += len(plan.over_budget)
@@ -315,15 +336,44 @@ class Loader:
             tokens, frames = [t for t, _ in lengths], [f for _, f in lengths]
             rows = pack_rows(tokens, frames, self._data.pack_text_tokens, self._data.pack_frames)
         costs = [sum(self._cost.stream(*lengths[stream]) for stream in row) for row in rows]
-        mine = deal_rows(costs, self._ranks)[self._rank]
-        count = microbatch_count(len(rows), self._ranks, self._data.micro_batch_rows)
+        place = self._place
+        mine = deal_rows(costs, place.data_ranks)[place.data_rank]
+        count = microbatch_count(len(rows), place.data_ranks, self._data.micro_batch_rows, place.microbatch_multiple)
         plan.microbatches = [[rows[row] for row in run] for run in cut_microbatches(mine, count)]
-        for number in (stream for run in plan.microbatches for row in run for stream in row):
+        for run in plan.microbatches:
+            self._request_frames(plan, [number for row in run for number in row])
+        return plan
+
+    def _request_frames(self, plan: _Plan, numbers: list[int]) -> None:
+        """Ask for this rank's share of the frames of one microbatch, which is made of the streams `numbers`."""
+        counts, bounds = self._shares(plan, numbers)
+        for number, part in zip(numbers, cut_frames(counts, *self._place.share.of(bounds)), strict=True):
             stream = plan.streams[number]
             # A sample that failed before stays in its row's plan, which all ranks share, but is not tried again.
-            if not self._is_bad(stream):
-                plan.frames[number] = self._store.request(stream.corpus, stream.compiled.key, stream.compiled.frames)
-        return plan
+            if part and not self._is_bad(stream):
+                requests = stream.compiled.frames[part.start : part.stop]
+                plan.frames[number] = self._store.request(stream.corpus, stream.compiled.key, requests)
+
+    def _shares(self, plan: _Plan, numbers: list[int]) -> tuple[list[int], tuple[int, ...]]:
+        """Of a microbatch made of the streams `numbers`, as planned: each stream's frames, and the shares' bounds."""
+        counts = [len(plan.streams[number].compiled.frames) for number in numbers]
+        return counts, self._place.share.bounds(sum(counts))
+
+    def _microbatch(self, plan: _Plan, rows: list[list[int]]) -> Batch:
+        """One planned microbatch without its bad streams."""
+        numbers = [number for row in rows for number in row]
+        kept = {number for number in numbers if not self._is_bad(plan.streams[number])}
+        counts, bounds = self._shares(plan, numbers)
+        # A rank has decoded its share of the plan; the shares of what stays are as unequal as the bad streams leave them.
+        bounds = bounds_of_kept(bounds, counts, [number in kept for number in numbers])
+        good = [[number for number in row if number in kept] for row in rows]
+        return collate(
+            [[(plan.streams[number].compiled, self._frames(plan, number)) for number in row] for row in good],
+            self._image_size,
+            [[plan.streams[number].corpus.name for number in row] for row in good],
+            self._place.share,
+            () if self._place.share == ALL_FRAMES else bounds,
+        )
 
     def _compile(self, corpus: Corpus, key: str, epoch: int) -> CompiledStream | SampleError:
         cached = self._streams.get(corpus.name, key)
@@ -342,7 +392,7 @@ class Loader:
         return self._quarantine.reason(stream.corpus.name, stream.compiled.key) is not None
 
     def _decode(self, plan: _Plan) -> list[Fault]:
-        """Wait for the frames of this rank's streams; returns those that do not decode and are not known yet."""
+        """Wait for this rank's frames; returns those that do not decode and are not known yet."""
         faults = []
         for number in plan.frames:
             stream = plan.streams[number]
@@ -355,7 +405,8 @@ class Loader:
         return faults
 
     def _frames(self, plan: _Plan, number: int) -> torch.Tensor:
-        frames = plan.frames[number]
+        """Those of a stream's frames that lie in this rank's share."""
+        frames = plan.frames.get(number, self._no_frames)
         return frames.result() if isinstance(frames, PendingFrames) else frames
 
     def _fault(self, corpus: Corpus, error: SampleError, plan: _Plan, backend: str) -> Fault:

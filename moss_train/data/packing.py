@@ -1,8 +1,9 @@
-"""From a global batch's lengths to rows, ranks and microbatches. Pure functions of lengths; no pixel is touched.
+"""From a global batch's lengths to rows, ranks, microbatches and shares of their frames. No pixel is touched.
 
-Every rank computes the same plan from the same lengths and takes its own part of it.
+Pure functions of lengths: every rank computes the same plan from the same lengths and takes its own part of it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,16 +78,37 @@ def deal_rows(costs: list[float], ranks: int) -> list[list[int]]:
     return dealt
 
 
-def microbatch_count(rows: int, ranks: int, micro_batch_rows: int) -> int:
-    """Microbatches every rank runs for `rows` rows; at least one, so that no rank skips a collective."""
-    return max(1, _ceil_div(_ceil_div(rows, ranks), micro_batch_rows))
+def microbatch_count(rows: int, ranks: int, micro_batch_rows: int, multiple: int = 1) -> int:
+    """Microbatches every rank runs for `rows` rows; at least one, so that no rank skips a collective.
+
+    It is a multiple of `multiple`, which some pipeline schedules need.
+    """
+    needed = max(1, _ceil_div(_ceil_div(rows, ranks), micro_batch_rows))
+    return _ceil_div(needed, multiple) * multiple
 
 
 def cut_microbatches(rows: list[int], count: int) -> list[list[int]]:
-    """`rows` in `count` runs whose lengths differ by at most one; runs are empty when there are too few rows."""
+    """`rows` in `count` runs whose lengths differ by at most one; the last are empty when there are too few rows."""
     short, longer = divmod(len(rows), count)
     ends = [(number + 1) * short + min(number + 1, longer) for number in range(count)]
     return [rows[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def cut_frames(counts: Sequence[int], first: int, end: int) -> list[range]:
+    """Of streams with `counts` frames, laid end to end: which frames of each lie in [first, end), counted from its own
+    first one."""
+    parts, start = [], 0
+    for count in counts:
+        low = min(max(first - start, 0), count)
+        parts.append(range(low, min(max(end - start, low), count)))
+        start += count
+    return parts
+
+
+def bounds_of_kept(bounds: Sequence[int], counts: Sequence[int], kept: Sequence[bool]) -> tuple[int, ...]:
+    """The bounds between shares of frames once streams are taken out; every frame that stays stays in its share."""
+    befores = [cut_frames(counts, 0, bound) for bound in bounds]
+    return tuple(sum(len(part) for part, keep in zip(before, kept, strict=True) if keep) for before in befores)
 
 
 def _ceil_div(number: int, divisor: int) -> int:

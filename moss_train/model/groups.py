@@ -34,7 +34,7 @@ REFERENCE_BUG = "reference_bug"
 
 def parameter_groups(model) -> dict[str, str]:
     """The group of every parameter of `model`, by exact parameter name."""
-    cross = {f"layers.{layer.index}" for layer in model.layers if isinstance(layer, CrossLayer)}
+    cross = {f"layers.{layer.index}" for layer in model.decoder_layers if isinstance(layer, CrossLayer)}
     groups = {}
     for name, _ in model.named_parameters():
         first, second = (name.split(".") + [""])[:2]
@@ -72,6 +72,6 @@ def trainable_names(model, trainable: str | Iterable[str]) -> set[str]:
 
 def _frozen_by_substring(model) -> set[str]:
     """Names frozen by matching the self layers' `layers.<i>` without a trailing dot."""
-    patterns = [f"layers.{layer.index}" for layer in model.layers if not isinstance(layer, CrossLayer)]
+    patterns = [f"layers.{layer.index}" for layer in model.decoder_layers if not isinstance(layer, CrossLayer)]
     names = [n for n, _ in model.named_parameters() if n.startswith("layers.")]
     return {name for name in names if any(name.startswith(pattern) for pattern in patterns)}

@@ -34,7 +34,7 @@ class _CachedAttention:
         mixed = _attend(q_TRAD.transpose(0, 1), keys[:, :used], values[:, :used], mask=self.self_mask_RLM[:, None])
         return mixed.flatten(2).transpose(0, 1)
 
-    def cross_attention(self, layer, q_TRAD, k_RFPBD, v_RFPBD):
+    def cross_attention(self, layer, q_TRAD, k_NPBD, v_NPBD):
         keys, values = self.state.cross_cache[layer]
         used = self.cross_mask_RLF.shape[-1]
         mask_RLK = self.cross_mask_RLF.repeat_interleave(keys.shape[2], dim=2)
@@ -56,13 +56,13 @@ class StreamState:
         text = model.sizes.text
         parameter = model.final_norm.weight
         head_size = text.hidden_size // text.attention_heads
-        heads = model.layers[0].attention.key.weight.shape[0] // head_size
+        heads = model.decoder_layers[0].attention.key.weight.shape[0] // head_size
         self.max_tokens, self.max_frames = max_tokens, max_frames
         self.tokens_R = torch.zeros(rows, dtype=torch.int64, device=parameter.device)
         self.frames_R = torch.zeros(rows, dtype=torch.int64, device=parameter.device)
         self.self_cache, self.cross_cache = {}, {}
         frame_tokens = model.sizes.tokens_per_frame
-        for layer in model.layers:
+        for layer in model.decoder_layers:
             is_cross = isinstance(layer, CrossLayer)
             shape = (rows, max_frames, frame_tokens) if is_cross else (rows, max_tokens)
             cache = tuple(
@@ -86,8 +86,8 @@ class StreamState:
             self.frames_R[row] += 1
         slots_N = torch.tensor(slots, device=rows_N.device)
         features_1NPH = self.model.encode_frames(frames_NCHW)[None]
-        rotation = self.model._frame_rotation(positions_N[None])
-        for layer in self.model.layers:
+        rotation = self.model.frame_rotation(positions_N[None])
+        for layer in self.model.decoder_layers:
             if layer.index in self.cross_cache:
                 new_keys, new_values = layer.attention.keys_values(features_1NPH, rotation)
                 keys, values = self.cross_cache[layer.index]
@@ -118,9 +118,9 @@ class StreamState:
         sees_TR1 = cross_mask_RLF.any(-1).T[..., None]
         inputs = LayerInputs(
             backend=_CachedAttention(self, lengths_R, self_mask_RLM, cross_mask_RLF),
-            text_rotation=self.model._text_rotation(positions_RL.T),
-            frame_rotation=self.model._frame_rotation(positions_RL[:, :0]),
-            features_RFPH=None,
+            text_rotation=self.model.text_rotation(positions_RL.T),
+            frame_rotation=self.model.frame_rotation(positions_RL[:, :0]),
+            features_NPH=None,
             sees_frames_TR1=sees_TR1 if len(frame_F) else None,
         )
         logits_LRV = self.model.decode(ids_RL.T, inputs)

@@ -1,26 +1,36 @@
 """The model: vision tower, projector, and a decoder whose cross layers look at the frames.
 
-Shape suffixes: R rows, T tokens, N frames of the microbatch, F frames of a row, P vision tokens of a frame,
+Shape suffixes: R rows, T tokens, N frames held (of a batch or of this process's part of it), P vision tokens of a frame,
 C colours, H decoder width, V rows of the head.
 """
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    VocabParallelEmbedding,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from moss_train.data.batch import Batch
-from moss_train.model import visibility
+from moss_train.model import modules, parts, visibility
 from moss_train.model.attention import AttentionBackend, DenseAttention, SegmentAttention
-from moss_train.model.config import ModelConfig
+from moss_train.model.config import ModelConfig, RecomputeConfig
 from moss_train.model.layers import CrossLayer, LayerInputs, SelfLayer
-from moss_train.model.normalization import RMSNorm
 from moss_train.model.projector import Projector, pooled_features
+from moss_train.model.recompute import recomputed
 from moss_train.model.rotary import RotaryTable
 from moss_train.model.vision_tower import GatedPositionEmbedding, VisionTower
 
 
-def megatron_config(config: ModelConfig, dtype: torch.dtype = torch.float32) -> TransformerConfig:
+def megatron_config(
+    config: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    tensor_ranks: int = 1,
+    sequence_parallel: bool = False,
+    initialise: bool = True,
+) -> TransformerConfig:
     """The part of the sizes that megatron-core's layers, optimizer and schedules read."""
     text = config.text
     return TransformerConfig(
@@ -29,8 +39,12 @@ def megatron_config(config: ModelConfig, dtype: torch.dtype = torch.float32) -> 
         ffn_hidden_size=text.mlp_size,
         num_attention_heads=text.attention_heads,
         num_query_groups=text.key_value_heads,
+        normalization="RMSNorm",
         add_bias_linear=False,
         layernorm_epsilon=text.norm_eps,
+        tensor_model_parallel_size=tensor_ranks,
+        sequence_parallel=sequence_parallel,
+        perform_initialization=initialise,
         init_method=lambda weight: nn.init.normal_(weight, std=config.init_std),
         # Residual branches start smaller with depth (GPT-2), so deep fresh models train from the first step.
         output_layer_init_method=lambda weight: nn.init.normal_(weight, std=config.init_std / (2 * text.layers) ** 0.5),
@@ -40,6 +54,7 @@ def megatron_config(config: ModelConfig, dtype: torch.dtype = torch.float32) -> 
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
     )
 
 
@@ -54,46 +69,77 @@ class Embedding(nn.Module):
         super().__init__()
         text = config.text
         self.vocabulary_size = text.vocabulary_size
+        self.group = group if megatron.sequence_parallel else None
         self.text = VocabParallelEmbedding(
             text.vocabulary_size, text.hidden_size, init_method=megatron.init_method, config=megatron, tp_group=group
         )
         self.extra = nn.Parameter(torch.empty(text.extra_embedding_rows, text.hidden_size, dtype=megatron.params_dtype))
-        megatron.init_method(self.extra)
+        if megatron.perform_initialization:
+            megatron.init_method(self.extra)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Ids of any shape [...] to embeddings [..., H]."""
-        is_extra = ids >= self.vocabulary_size
-        x = self.text(ids.masked_fill(is_extra, 0))
-        if self.extra.shape[0] == 0:
-            return x
-        extra = self.extra[(ids - self.vocabulary_size).clamp(min=0)]
-        return torch.where(is_extra[..., None], extra, x)
+    def forward(self, ids_TR: torch.Tensor) -> torch.Tensor:
+        """Ids to embeddings [T, R, H]; with sequence parallelism this rank's share of T."""
+        is_extra = ids_TR >= self.vocabulary_size
+        x = self.text(ids_TR.masked_fill(is_extra, 0))
+        if self.extra.shape[0]:
+            extra = self.extra[(ids_TR - self.vocabulary_size).clamp(min=0)]
+            x = torch.where(is_extra[..., None], extra, x)
+        return x if self.group is None else scatter_to_sequence_parallel_region(x, group=self.group)
 
 
 class VideoModel(nn.Module):
-    """The whole model on one pipeline stage."""
+    """The model, or what of it one process of a layout holds. Parameters have the same names in either case."""
 
-    def __init__(self, config: ModelConfig, tensor_group, dtype: torch.dtype = torch.float32):
-        """`tensor_group`: the process group over which matrices are split (of one process, when they are not)."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensor_group,
+        dtype: torch.dtype = torch.float32,
+        part: parts.ModelPart | None = None,
+        frame_group=None,
+        sequence_parallel: bool = False,
+        recompute: RecomputeConfig | None = None,
+        initialise: bool = True,
+    ):
+        """`tensor_group`: the processes over which matrices are split (one process, when they are not).
+        `frame_group`: those that share the frames of the cross layers; None or a group of one: all frames are here.
+        `part`: None for the whole model. `initialise`: False leaves weights unset, for what is loaded right after.
+        """
         super().__init__()
         config.validate()
         self.sizes = config
-        self.config = megatron_config(config, dtype)  # megatron-core's wrappers look for this name
+        self.part = part or parts.whole(config)
+        self.frame_group = frame_group if frame_group is not None and frame_group.size() > 1 else None
+        self.tensor_group = tensor_group
+        self.recompute = recompute or RecomputeConfig()
+        # Megatron-core's wrappers look for this name.
+        self.config = megatron_config(config, dtype, tensor_group.size(), sequence_parallel, initialise)
         text = config.text
-        self.vision_tower = VisionTower(config.vision).to(dtype)
-        self.projector = Projector(config.vision.feature_size, text.hidden_size, dtype=dtype)
-        self.embedding = Embedding(config, self.config, tensor_group)
-        self.layers = nn.ModuleList(
-            (CrossLayer if index in text.cross_layers else SelfLayer)(index, config, self.config, tensor_group)
-            for index in range(text.layers)
+        if self.part.encoder:
+            self.vision_tower = VisionTower(config.vision).to(dtype)
+            self.projector = Projector(config.vision.feature_size, text.hidden_size, dtype=dtype)
+        if self.part.embedding:
+            self.embedding = Embedding(config, self.config, tensor_group)
+        # Keyed by number in the whole model, so that names do not depend on the layout.
+        self.layers = nn.ModuleDict(
+            {
+                str(index): (CrossLayer if index in text.cross_layers else SelfLayer)(
+                    index, config, self.config, tensor_group
+                )
+                for first, end in self.part.chunks
+                for index in range(first, end)
+            }
         )
-        self.final_norm = RMSNorm(text.hidden_size, text.norm_eps, dtype)
-        self.head = ColumnParallelLinear(
-            text.hidden_size, text.vocabulary_size, config=self.config, init_method=self.config.init_method,
-            bias=False, gather_output=False, tp_group=tensor_group,
-        )  # fmt: skip
+        if self.part.head:
+            self.final_norm = modules.rms_norm(self.config, text.hidden_size)
+            self.head = ColumnParallelLinear(
+                text.hidden_size, text.vocabulary_size, config=self.config, init_method=self.config.init_method,
+                bias=False, gather_output=False, tp_group=tensor_group,
+            )  # fmt: skip
         self.rotary = RotaryTable(text.hidden_size // text.attention_heads, text.rope_theta, text.rope_scaling)
-        self._initialise_vision()
+        if self.part.encoder and initialise:
+            self._initialise_vision()
+        self._mark_partial_gradients()
 
     def _initialise_vision(self) -> None:
         std = self.sizes.init_std
@@ -106,6 +152,33 @@ class VideoModel(nn.Module):
                 nn.init.normal_(module.embedding, std=self.sizes.vision.hidden_size**-0.5)
         nn.init.normal_(self.vision_tower.class_embedding, std=self.sizes.vision.hidden_size**-0.5)
 
+    def _mark_partial_gradients(self) -> None:
+        """Say of which parameters each tensor-parallel process has only a part of the gradient, though all hold the whole
+        parameter: norms of heads (each process has some heads) and, with sequence parallelism, everything applied to
+        hidden states between matrices (each process has some tokens)."""
+        for layer in self.decoder_layers:
+            partial = []
+            if isinstance(layer, CrossLayer):
+                partial += [layer.attention.query_norm.weight, layer.attention.key_norm.weight]
+            if self.config.sequence_parallel:
+                partial += [layer.attention_norm.weight, layer.mlp_norm.weight]
+                if isinstance(layer, CrossLayer):
+                    partial += [layer.attention_gate, layer.mlp_gate]
+            for parameter in partial:
+                parameter.partial_over_tensor_group = True
+        if self.part.head and self.config.sequence_parallel:
+            self.final_norm.weight.partial_over_tensor_group = True
+
+    @property
+    def decoder_layers(self) -> list[SelfLayer | CrossLayer]:
+        """The layers held here, in the order they run."""
+        return list(self.layers.values())
+
+    @property
+    def is_whole(self) -> bool:
+        """True when one process holds all layers (their matrices may be split)."""
+        return self.part == parts.whole(self.sizes)
+
     @property
     def embedding_rows(self) -> int:
         """Ids the model accepts: the head's rows and the input-only ones."""
@@ -117,61 +190,72 @@ class VideoModel(nn.Module):
 
     def pooled_features(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
         """Tower features after pooling and before the projector, [N, P, feature_size]."""
+        chunk = self.recompute.tower_frames or max(1, len(frames_NCHW))
+        trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        again = self.recompute.tower and trained
+        pooled = [recomputed(again, self._pooled_chunk, part) for part in frames_NCHW.split(chunk)]
+        return pooled[0] if len(pooled) == 1 else torch.cat(pooled)
+
+    def _pooled_chunk(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
         return pooled_features(self.vision_tower(frames_NCHW), self.sizes.pool, self.sizes.pool_stride)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits [T, R, V] of one microbatch (this rank's columns of V when matrices are split)."""
+        """Logits [T, R, V] of one microbatch whose frames are all here (this rank's columns of V when matrices are
+        split). Only for a whole model; the engine drives a part."""
+        features_NPH = self.encode_frames(batch.frames_NCHW) if batch.frames else None
+        return self.decode(batch.ids_RT.T, self.layer_inputs(batch, features_NPH))
+
+    def layer_inputs(
+        self, batch: Batch, features_NPH: torch.Tensor | None, held: tuple[int, int] | None = None
+    ) -> LayerInputs:
+        """What the layers share. `held`: which flat frames `features_NPH` are, when they are not all of the batch's."""
         device = batch.ids_RT.device
-        features_RFPH = self._features_of_rows(batch)
-        sees_TR1 = visibility.sees_frames(batch)
-        inputs = LayerInputs(
-            backend=self._backend(batch, device),
-            text_rotation=self._text_rotation(batch.positions_RT.T),
-            frame_rotation=self._frame_rotation(batch.frame_positions_RF),
-            features_RFPH=features_RFPH,
-            sees_frames_TR1=sees_TR1 if features_RFPH is not None else None,
+        row, slot = batch.frame_rows_N, batch.frame_slots_N
+        if held is not None:
+            row, slot = row[slice(*held)], slot[slice(*held)]
+        return LayerInputs(
+            backend=self._backend(batch, device, held),
+            text_rotation=self.text_rotation(batch.positions_RT.T),
+            frame_rotation=self.frame_rotation(batch.frame_positions_RF[row, slot]),
+            features_NPH=features_NPH,
+            sees_frames_TR1=self._own_tokens(visibility.sees_frames(batch)) if batch.frames else None,
         )
-        return self.decode(batch.ids_RT.T, inputs)
 
     def decode(self, ids_TR: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
         """Run the decoder: ids [T, R] to logits [T, R, V]."""
         x_TRH = self.embedding(ids_TR)
-        for layer in self.layers:
-            x_TRH = layer(x_TRH, inputs)
+        for layer in self.decoder_layers:
+            x_TRH = layer(x_TRH, inputs, self.recompute)
         return self.head(self.final_norm(x_TRH))[0]
 
-    def _features_of_rows(self, batch: Batch) -> torch.Tensor | None:
-        """Encode every frame of the batch once and lay the results out by row, zero where a row has fewer."""
-        if batch.frames_NCHW.shape[0] == 0:
-            return None
-        encoded_NPH = self.encode_frames(batch.frames_NCHW)
-        rows, slots = batch.frame_positions_RF.shape
-        if encoded_NPH.shape[0] == rows * slots:
-            order = torch.argsort(batch.frame_rows_N * slots + batch.frame_slots_N)
-            return encoded_NPH[order].unflatten(0, (rows, slots))
-        laid_out = encoded_NPH.new_zeros(rows * slots, *encoded_NPH.shape[1:])
-        where = batch.frame_rows_N * slots + batch.frame_slots_N
-        return laid_out.index_copy(0, where, encoded_NPH).unflatten(0, (rows, slots))
+    def _own_tokens(self, x_TR1: torch.Tensor) -> torch.Tensor:
+        if not self.config.sequence_parallel:
+            return x_TR1
+        return x_TR1.chunk(self.tensor_group.size())[self.tensor_group.rank()]
 
-    def _backend(self, batch: Batch, device: torch.device) -> AttentionBackend:
+    def _backend(self, batch: Batch, device: torch.device, held: tuple[int, int] | None) -> AttentionBackend:
         compat = self.sizes.reference_compat
         if self.sizes.attention == "dense":
             return DenseAttention(
                 visibility.dense_self_mask(batch, device), visibility.dense_cross_mask(batch, compat, device)
             )
         return SegmentAttention(
-            visibility.plan_self_attention(batch, device), visibility.plan_cross_attention(batch, compat, device)
+            visibility.plan_self_attention(batch, device),
+            visibility.plan_cross_attention(batch, compat, device, held),
+            self.frame_group,
         )
 
-    def _text_rotation(self, positions_TR: torch.Tensor):
+    def text_rotation(self, positions_TR: torch.Tensor):
+        """Cosines and sines [T, R, 1, D] of token positions."""
         cos, sin = self.rotary(positions_TR)
         return cos[:, :, None], sin[:, :, None]
 
-    def _frame_rotation(self, positions_RF: torch.Tensor):
+    def frame_rotation(self, positions: torch.Tensor):
+        """Cosines and sines [..., 1, 1, D] of frame positions [...]; None when frames are not rotated."""
         if not self.sizes.cross_rope:
             return None
-        cos, sin = self.rotary(positions_RF)
-        return cos[:, :, None, None], sin[:, :, None, None]
+        cos, sin = self.rotary(positions)
+        return cos[..., None, None, :], sin[..., None, None, :]
 
     # Incremental use, see model/streaming.py.
 

@@ -83,7 +83,7 @@ def test_a_token_that_sees_nothing_passes_cross_layers_unchanged(build):
     with torch.inference_mode():
         before = model(batch)
         for index in model.sizes.text.cross_layers:
-            for parameter in model.layers[index].parameters():
+            for parameter in model.decoder_layers[index].parameters():
                 parameter.mul_(3.0)
         after = model(batch)
     blind = (batch.visible_hi_RT == 0).T & (batch.segments_RT >= 0).T

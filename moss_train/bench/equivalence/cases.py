@@ -1,0 +1,142 @@
+"""What is compared: a problem (what is trained on which data) and the ways to work on it (a layout and its options).
+
+Every way to work on one problem must end with the same numbers, so a problem has one reference.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any
+
+from moss_train.bench.equivalence.streams import IMAGE_SIZE, tokenizer
+from moss_train.engines.config import EngineConfig, OptimConfig
+from moss_train.model.config import ModelConfig, RecomputeConfig, TextConfig, VisionConfig
+from moss_train.model.groups import PRESETS, REFERENCE_BUG
+from moss_train.model.layout_rules import check_layout
+from moss_train.objectives.config import ObjectiveConfig
+from moss_train.parallel.config import LayoutConfig
+
+STEPS = 5  #: optimizer steps of a comparison
+PRECISIONS = ("fp32", "bf16")
+
+#: What a case trains: every preset, those of the four stages' recipes among them.
+TRAINABLE = (*PRESETS, REFERENCE_BUG)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is trained on which data."""
+
+    trainable: str = "all"  #: a preset of `model.groups`
+    optimizer: str = "sgd"
+    clip: float = 0.0
+    normaliser: str = "valid"
+    streams: str = "mixed"  #: a diet of `streams.DIETS`
+    cross_layers: tuple[int, ...] = (1, 4, 6)
+    rounded: bool = False  #: the starting weights are bfloat16 numbers
+    seed: int = 0
+
+    def model(self) -> ModelConfig:
+        """Every part of the real model, small; gates are open, so that no path is dead."""
+        return ModelConfig(
+            name="equivalence",
+            vision=VisionConfig(
+                hidden_size=16,
+                local_layers=2,
+                global_layers=1,
+                attention_heads=2,
+                mlp_size=24,
+                patch_size=7,
+                image_size=IMAGE_SIZE,
+                intermediate_layers=[0, 1],
+            ),
+            text=TextConfig(
+                vocabulary_size=tokenizer().vocabulary_size,
+                hidden_size=32,
+                layers=8,
+                cross_layers=list(self.cross_layers),
+                attention_heads=4,
+                key_value_heads=2,
+                mlp_size=48,
+                rope_theta=10000.0,
+                rope_scaling=None,
+            ),
+            pool_stride=2,
+            initial_gate=0.7,
+            init_std=0.15,
+        )
+
+    def optim(self) -> OptimConfig:
+        """A steady rate. AdamW's epsilon is far above the rounding noise of small gradients, which it would blow up."""
+        steady: dict[str, Any] = {"clip": self.clip, "schedule": "constant", "warmup_steps": 0}
+        if self.optimizer == "sgd":
+            return OptimConfig(name="sgd", lr=0.05, **steady)
+        return OptimConfig(name="adamw", lr=1e-2, eps=1e-3, weight_decay=0.1, **steady)
+
+    def objective(self) -> ObjectiveConfig:
+        """Unequal weights and a focal factor: labels must keep their places and their kinds."""
+        return ObjectiveConfig(
+            weights={"idle_silence": 0.3, "onset": 2.0, "stale": 0.5}, focal_gamma=1.0, normaliser=self.normaliser
+        )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to work on one problem."""
+
+    problem: Problem = Problem()
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    precision: str = "fp32"
+    pack: bool = True
+    micro_batch_rows: int = 1
+    overlap_grad_reduce: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Processes it runs on."""
+        return self.layout.tp * self.layout.cp * self.layout.pp * (self.layout.dp or 1)
+
+    def engine(self) -> EngineConfig:
+        """What the engine is told."""
+        return EngineConfig(recompute=self.recompute, overlap_grad_reduce=self.overlap_grad_reduce)
+
+    def check(self) -> None:
+        """Raise ConfigError unless the product would train in this way."""
+        check_layout(self.problem.model(), self.layout, self.world_size)
+        self.engine().validate()
+        self.problem.optim().validate()
+        self.problem.objective().validate()
+
+    def describe(self) -> dict[str, Any]:
+        """What differs from the defaults, as JSON values."""
+        return _changes(self)
+
+    def __str__(self) -> str:
+        return json.dumps(self.describe())
+
+
+def _changes(value: Any) -> dict[str, Any]:
+    plain = type(value)()
+    changes: dict[str, Any] = {}
+    for one in fields(value):
+        mine, usual = getattr(value, one.name), getattr(plain, one.name)
+        if mine != usual:
+            changes[one.name] = _changes(mine) if is_dataclass(mine) else list(mine) if isinstance(mine, tuple) else mine
+    return changes
+
+
+def as_json(case: Case) -> str:
+    """The whole case, for `from_json`."""
+    return json.dumps(asdict(case))
+
+
+def from_json(text: str) -> Case:
+    """A case as it was written by `as_json`."""
+    values = json.loads(text)
+    problem = values.pop("problem")
+    return Case(
+        problem=Problem(**problem | {"cross_layers": tuple(problem["cross_layers"])}),
+        layout=LayoutConfig(**values.pop("layout")),
+        recompute=RecomputeConfig(**values.pop("recompute")),
+        **values,
+    )
