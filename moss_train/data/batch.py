@@ -7,6 +7,9 @@ N frames of the whole microbatch (no padding frames), C colour channels, H, W pi
 from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
+
+from moss_train.streams.compiled import IGNORED_LABEL
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,15 @@ class Batch:
         bounds = share.bounds(self.frames)
         first, end = share.of(bounds)
         return replace(self, frames_NCHW=self.frames_NCHW[first:end], frame_bounds=bounds)
+
+    def padded(self, multiple: int) -> "Batch":
+        """The same microbatch with padding tokens up to a multiple of `multiple` tokens a row."""
+        room = -self.ids_RT.shape[1] % multiple
+        if not room:
+            return self
+        fill = {"labels_RT": IGNORED_LABEL, "segments_RT": -1}
+        names = [field.name for field in fields(self) if field.name.endswith("_RT")]
+        return replace(self, **{name: F.pad(getattr(self, name), (0, room), value=fill.get(name, 0)) for name in names})
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with every tensor on `device`."""

@@ -87,6 +87,18 @@ class Embedding(nn.Module):
         return x if self.group is None else scatter_to_sequence_parallel_region(x, group=self.group)
 
 
+def initialise_vision(tower: VisionTower, projector: Projector, config: ModelConfig) -> None:
+    """Draw fresh weights of what lies before the decoder, in place."""
+    for module in [*tower.modules(), projector]:
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+            nn.init.normal_(module.weight, std=config.init_std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, GatedPositionEmbedding):
+            nn.init.normal_(module.embedding, std=config.vision.hidden_size**-0.5)
+    nn.init.normal_(tower.class_embedding, std=config.vision.hidden_size**-0.5)
+
+
 class VideoModel(nn.Module):
     """The model, or what of it one process of a layout holds. Parameters have the same names in either case."""
 
@@ -138,19 +150,8 @@ class VideoModel(nn.Module):
             )  # fmt: skip
         self.rotary = RotaryTable(text.hidden_size // text.attention_heads, text.rope_theta, text.rope_scaling)
         if self.part.encoder and initialise:
-            self._initialise_vision()
+            initialise_vision(self.vision_tower, self.projector, config)
         self._mark_partial_gradients()
-
-    def _initialise_vision(self) -> None:
-        std = self.sizes.init_std
-        for module in [*self.vision_tower.modules(), self.projector]:
-            if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
-                nn.init.normal_(module.weight, std=std)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, GatedPositionEmbedding):
-                nn.init.normal_(module.embedding, std=self.sizes.vision.hidden_size**-0.5)
-        nn.init.normal_(self.vision_tower.class_embedding, std=self.sizes.vision.hidden_size**-0.5)
 
     def _mark_partial_gradients(self) -> None:
         """Say of which parameters each tensor-parallel process has only a part of the gradient, though all hold the whole
