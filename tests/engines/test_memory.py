@@ -1,13 +1,14 @@
 """Live tensor bytes on cases whose answer is known."""
 
+import functools
 import gc
 import math
 
 import pytest
 import torch
+from engine_parts import global_batches, setup_engine, tiny_model
 from torch.utils.checkpoint import checkpoint
 
-from engine_parts import global_batches, setup_engine, tiny_model
 from moss_train.engines.config import OptimConfig
 from moss_train.engines.megatron import MegatronEngine
 from moss_train.engines.memory import ActivationMemory, LiveTensors, ResidentSet, measure_step
@@ -187,11 +188,12 @@ def test_a_measured_step_is_bit_identical(one_process):
     weights = []
     for measured in (False, True):
         engine = setup_engine(MegatronEngine(), tiny_model(), OptimConfig(lr=1e-2))
-        for step, microbatches in enumerate(global_batches(3)):
-            if measured and step == 1:
-                output, figures = measure_step(lambda parts=microbatches: engine.train_step(parts))
+        for number, microbatches in enumerate(global_batches(3)):
+            step = functools.partial(engine.train_step, microbatches)
+            if measured and number == 1:
+                output, figures = measure_step(step)
             else:
-                output = engine.train_step(microbatches)
+                output = step()
         weights.append((output.loss, {name: t.clone() for name, t in engine.state_dict().tensors.items()}))
     (plain_loss, plain), (loss, measured_weights) = weights
     assert loss == plain_loss and math.isfinite(loss)
