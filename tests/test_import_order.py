@@ -10,7 +10,7 @@ import moss_train
 PACKAGE = Path(moss_train.__file__).parent
 ORDER = [
     {"streams"}, {"parallel"}, {"data"}, {"model"}, {"objectives"}, {"engines"}, {"checkpoint"},
-    {"evaluate", "report"}, {"train"}, {"cli", "doctor"},
+    {"evaluate", "report"}, {"train"}, {"bench"}, {"cli", "doctor"},
 ]  # fmt: skip
 PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms}
 #: whoever has no room is a tool of all, and imports none of them

@@ -1,1 +1,1 @@
-"""Does a layout change a number? Training over forked ranks beside plain training in one process, and the difference."""
+"""Does a layout change a number? Training over forked ranks, plain training in one process, and the difference."""

@@ -121,7 +121,9 @@ def _changes(value: Any) -> dict[str, Any]:
     for one in fields(value):
         mine, usual = getattr(value, one.name), getattr(plain, one.name)
         if mine != usual:
-            changes[one.name] = _changes(mine) if is_dataclass(mine) else list(mine) if isinstance(mine, tuple) else mine
+            changes[one.name] = (
+                _changes(mine) if is_dataclass(mine) else list(mine) if isinstance(mine, tuple) else mine
+            )
     return changes
 
 

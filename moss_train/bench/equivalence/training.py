@@ -1,0 +1,64 @@
+"""The training whose numbers are in question: the product's model and engine in a layout, on every rank of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from moss_train.bench.equivalence.batches import microbatches
+from moss_train.bench.equivalence.cases import STEPS, Case
+from moss_train.bench.equivalence.outcome import Figures, Outcome, starting_weights
+from moss_train.bench.equivalence.streams import tokenizer
+from moss_train.engines import build_engine
+from moss_train.model.build import build_model
+from moss_train.model.groups import trainable_names
+from moss_train.objectives.streaming_loss import StreamingLoss
+from moss_train.parallel import groups
+
+#: (rank, ranks, case, where the main rank writes the tensors) → figures of every step, names of the trained parameters
+Job = Callable[[int, int, Case, str], tuple[list[Figures], list[str]]]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def train_case(rank: int, ranks: int, case: Case, path: str) -> tuple[list[Figures], list[str]]:
+    """A job: figures of every step as this rank saw them, and the names it was told to train. The main rank writes the
+    tensors to `path`."""
+    state = groups.initialize(case.layout, seed=case.problem.seed)
+    problem = case.problem
+    model = build_model(problem.model(), state, _DTYPES[case.precision], case.recompute, seed=problem.seed)
+    trained = trainable_names(model, problem.trainable)
+    objective = StreamingLoss(problem.objective(), tokenizer().special.silence)
+    engine = build_engine(case.engine())
+    engine.setup(model, trained, problem.optim(), objective, STEPS)
+    tensors = {"fresh": _plain(engine.whole_weights())}
+    shapes = _plain(engine.expected_shapes(optimizer=False))
+    engine.load_weights({f"model/{name}": weight for name, weight in starting_weights(problem, shapes).items()})
+    tensors["start"] = _plain(engine.whole_weights())
+
+    evaluated = engine.eval_step(microbatches(case, 0, state)).loss
+    steps = []
+    for step in range(STEPS):
+        output = engine.train_step(microbatches(case, step, state))
+        steps.append(Figures(output.loss, output.grad_norm, output.per_kind, output.per_kind_count))
+        if step == 0:
+            if evaluated != output.loss:
+                raise AssertionError(f"eval_step gives a loss of {evaluated}, train_step of {output.loss}")
+            tensors["gradient"] = _plain(engine.gradients())
+            tensors["first"] = _plain(engine.whole_weights())
+    tensors["last"] = _plain(engine.whole_weights())
+    if state.is_main:
+        Outcome(steps, sorted(trained), tensors).save_tensors(Path(path))
+    return steps, sorted(trained)
+
+
+def _plain(named: dict) -> dict:
+    return {
+        name.removeprefix("model/"): value.detach().clone() if isinstance(value, torch.Tensor) else value
+        for name, value in named.items()
+    }
+
+
+def same_figures(left: list[Figures], right: list[Figures]) -> bool:
+    """Whether two ranks reported exactly the same."""
+    return str(left) == str(right)  # as text, in which a NaN equals a NaN
