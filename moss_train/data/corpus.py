@@ -90,10 +90,10 @@ class Corpus:
             raise ValueError("this corpus was opened without a tokenizer, so it cannot compile")
         sample = self.sample(key)
         compiled = compile_sample(sample, self._media_info(sample), self._tokenizer, self._compiler, rng)
-        asked = Counter(request.media_id for request in compiled.frames)
-        # The decoder counts too, but where frames are shared out no one decoder sees all requests.
-        if max(asked.values(), default=0) > DecodeLimits.max_frames:
-            raise SampleError(key, f"more than {DecodeLimits.max_frames} frames are asked of one medium")
+        asked = max(Counter(request.media_id for request in compiled.frames).values(), default=0)
+        # The decoder refuses them too, but where a clip's frames are shared out no decoder is asked for all of them.
+        if asked > DecodeLimits.max_frames:
+            raise SampleError(key, f"{asked} frames asked of one medium, the limit is {DecodeLimits.max_frames}")
         return compiled
 
     def frames(self, key: str, requests: Sequence[FrameRequest]) -> torch.Tensor:

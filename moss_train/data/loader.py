@@ -151,7 +151,7 @@ class Loader:
         blend: Blend,
         image_size: int,
         augmented: bool,
-        place: "_Place",
+        place: _Place,
         quarantine: Quarantine,
         agree: Agree | None,
     ):
@@ -364,7 +364,7 @@ class Loader:
         numbers = [number for row in rows for number in row]
         kept = {number for number in numbers if not self._is_bad(plan.streams[number])}
         counts, bounds = self._shares(plan, numbers)
-        # A rank has decoded its share of the plan; the shares of what stays are as unequal as the bad streams leave them.
+        # What a rank has decoded is its share of the plan, so bad streams leave shares of unequal sizes.
         bounds = bounds_of_kept(bounds, counts, [number in kept for number in numbers])
         good = [[number for number in row if number in kept] for row in rows]
         return collate(

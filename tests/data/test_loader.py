@@ -1,11 +1,7 @@
 """The loader: the same global batches on any number of ranks and workers, exact resume, bad samples masked."""
 
-import hashlib
 import json
-import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,58 +19,18 @@ from data_samples import (
     still,
     stream_json,
 )
+from loader_ranks import TOKENIZER, Ranks, content, loader_of, steps_of
 
 from moss_train.data.config import DataConfig, SourceConfig
-from moss_train.data.loader import Agree, GlobalStep, Loader, build_loader
+from moss_train.data.loader import build_loader
 from moss_train.errors import ConfigError, DataError
-from moss_train.streams.config import CompilerConfig, TokenizerConfig
-from moss_train.streams.tokenizer import load_tokenizer
-
-TOKENIZER = load_tokenizer(TokenizerConfig())
+from moss_train.streams.config import CompilerConfig
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """22 streams in shards of 4."""
     return packed_streams(tmp_path_factory.mktemp("loader"), 22, shard_samples=4)
-
-
-def loader_of(
-    path: Path,
-    rank: int = 0,
-    ranks: int = 1,
-    quarantine: Path | None = None,
-    compiler: CompilerConfig | None = None,
-    seed: int = 3,
-    agree: Agree | None = None,
-    **data: object,
-) -> Loader:
-    settings = {"global_batch_size": 6, "micro_batch_rows": 2, "pack_text_tokens": 200, "pack_frames": 20}
-    config = DataConfig(sources={"main": SourceConfig(path=str(path))}, **(settings | {"workers": 0} | data))
-    return build_loader(config, compiler or CompilerConfig(), TOKENIZER, 64, seed, rank, ranks, quarantine, agree)
-
-
-def content(step: GlobalStep) -> dict[str, str]:
-    """key → digest of what is delivered of it: tokens, labels and pixels, whatever the row it lies in."""
-    found = {}
-    for batch in step.microbatches:
-        for row, keys in enumerate(batch.keys):
-            first = 0
-            for segment, key in enumerate(keys):
-                here = batch.segments_RT[row] == segment
-                count = len({int(f) for f in batch.visible_hi_RT[row][here]} - {first})
-                own = (
-                    (batch.frame_rows_N == row) & (batch.frame_slots_N >= first) & (batch.frame_slots_N < first + count)
-                )
-                parts = [batch.ids_RT[row][here], batch.labels_RT[row][here], batch.frames_NCHW[own]]
-                found[key] = hashlib.sha256(b"".join(p.numpy().tobytes() for p in parts)).hexdigest()
-                first += count
-    return found
-
-
-def steps_of(loader: Loader, count: int) -> list[GlobalStep]:
-    with loader:
-        return [next(loader) for _ in range(count)]
 
 
 def test_epochs_hold_every_sample_with_its_own_pictures(folder: Path):
@@ -262,36 +218,6 @@ def test_bad_samples_are_masked_and_written_to_the_ledger(damaged: Path, tmp_pat
     assert "Error" in entries["breaks"]["exception"]
     for entry in entries.values():
         assert entry["source"] == "main" and entry["shard"].startswith("shard-00000") and entry["epoch"] == 0
-
-
-class Ranks:
-    """Loaders of several ranks, each in a thread, that tell each other what they met."""
-
-    def __init__(self, path: Path, count: int, ledger: Path, **settings: object):
-        self._told: dict[int, list] = {}
-        self._meeting = threading.Barrier(count, timeout=60)
-        self._threads = ThreadPoolExecutor(count)
-        self.loaders = [
-            loader_of(path, rank, count, ledger if rank == 0 else None, agree=partial(self._agree, rank), **settings)
-            for rank in range(count)
-        ]
-
-    def _agree(self, rank: int, own: list) -> list[list]:
-        self._told[rank] = json.loads(json.dumps(own))
-        self._meeting.wait()
-        told = [self._told[rank] for rank in range(len(self.loaders))]
-        self._meeting.wait()
-        return told
-
-    def step(self) -> list[GlobalStep | Exception]:
-        """What `next` gives or raises on every rank."""
-        futures = [self._threads.submit(next, loader) for loader in self.loaders]
-        return [future.exception(60) or future.result() for future in futures]
-
-    def close(self) -> None:
-        self._threads.shutdown()
-        for loader in self.loaders:
-            loader.close()
 
 
 def keys_of(ledger: Path) -> list[str]:
