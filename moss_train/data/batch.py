@@ -95,11 +95,11 @@ class Batch:
         names = [field.name for field in fields(self) if field.name.endswith("_RT")]
         return replace(self, **{name: F.pad(getattr(self, name), (0, room), value=fill.get(name, 0)) for name in names})
 
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with every tensor on `device`."""
+    def to(self, device: torch.device | str, frames: bool = True) -> "Batch":
+        """The same batch with every tensor on `device`; with `frames` False the pixels stay where they are."""
         moved = {
             f.name: getattr(self, f.name).to(device, non_blocking=True)
             for f in fields(self)
-            if isinstance(getattr(self, f.name), torch.Tensor)
+            if isinstance(getattr(self, f.name), torch.Tensor) and (frames or f.name != "frames_NCHW")
         }
         return replace(self, **moved)

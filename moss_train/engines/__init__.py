@@ -10,4 +10,4 @@ def build_engine(config: EngineConfig) -> Engine:
     # Imported here so that reading a configuration does not load megatron-core.
     from moss_train.engines.megatron import MegatronEngine
 
-    return MegatronEngine()
+    return MegatronEngine(config)

@@ -1,75 +1,79 @@
-"""The megatron-core engine: its DDP, its optimizer, its forward-backward schedules, our normaliser and rates.
+"""The megatron-core engine: its DDP, its optimizers, its forward-backward schedules, our normaliser and rates.
 
-One step, in order: Z of the global batch → schedule (forward and backward of every microbatch, then the gradient
-sum over data-parallel ranks) → gradient norm → step, unless something is not finite.
+One step, in order: Z of the global batch → frames encoded ahead, if the layout says so → schedule (forward and backward
+of every microbatch) → gradients of what was encoded ahead → gradient sums → gradient norm → step, unless something is
+not finite.
 
-The loss is divided by Z before the backward pass, so gradients must only be *summed*: over microbatches, over
-ranks. Megatron divides by both counts unless `calculate_per_token_loss` is set; then it divides by a token count
-in `finalize_model_grads`, which `_sum_gradients` leaves out.
+The loss is divided by Z before the backward pass, so gradients must only be *summed*: over microbatches and ranks.
+Megatron divides by both counts unless `calculate_per_token_loss` is set; then it would divide by a token count in
+`finalize_model_grads`, in whose place `gradients.sum_gradients` stands. Processes that share frames compute the same
+text and each differentiate 1/`layout.cp` of the loss (`model.frame_parallel` says why their sum is right).
 """
 
+import contextlib
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from moss_train.parallel import groups  # first: installs the CPU seam before megatron is imported
 
 # isort: split
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.enums import ModelType
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-from moss_train.data.batch import Batch
+from moss_train.data.batch import Batch, FrameShare
 from moss_train.engines import optimizer_state
-from moss_train.engines.config import OptimConfig
+from moss_train.engines.config import EngineConfig, OptimConfig
 from moss_train.engines.fit import require_fit
+from moss_train.engines.frames import FrameFeatures, plans_of
+from moss_train.engines.full_tensors import Entry, collect_on_main, require_names
+from moss_train.engines.gradients import sum_gradients
 from moss_train.engines.learning_rate import LearningRate
 from moss_train.engines.protocol import EngineState, StepOutput
+from moss_train.engines.stages import DecoderChunk, FrameEncoder
 from moss_train.engines.trainable import check_trainable
-from moss_train.engines.weights import NAMESPACE, named_weights
+from moss_train.engines.weights import NAMESPACE, load_whole_weights
+from moss_train.errors import ConfigError
+from moss_train.model.build import whole_model
 from moss_train.model.groups import parameter_groups
+from moss_train.model.layers import LayerInputs
+from moss_train.model.video_model import VideoModel
 from moss_train.objectives.figures import LossFigures, statistics
 from moss_train.objectives.streaming_loss import StreamingLoss
-
-
-class _Stage(torch.nn.Module):
-    """What megatron's schedules expect of a model, around ours, when the pipeline has one stage."""
-
-    model_type = ModelType.encoder_or_decoder
-
-    def __init__(self, model: torch.nn.Module):
-        super().__init__()
-        self.model = model
-
-    def set_input_tensor(self, tensors: list[torch.Tensor | None]) -> None:
-        if any(tensor is not None for tensor in tensors):
-            raise RuntimeError("this engine runs one pipeline stage; no earlier stage can send it activations")
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        return self.model(batch)
+from moss_train.parallel.frame_gather import SharePlan
+from moss_train.parallel.message import message_length
+from moss_train.parallel.slices import own_slice
 
 
 class MegatronEngine:
-    """See `protocol.Engine`. Data parallelism, float32."""
+    """See `protocol.Engine`. Tensor, sequence, pipeline, data and frame parallelism; float32, bfloat16 and float16."""
+
+    def __init__(self, config: EngineConfig | None = None):
+        self._config = config or EngineConfig()
 
     def setup(
         self,
-        model: torch.nn.Module,
+        model: VideoModel,
         trainable: set[str],
         optim: OptimConfig,
         objective: StreamingLoss,
         total_steps: int,
     ) -> None:
-        """See `protocol.Engine.setup`. `model(batch)` gives logits [T, R, V]; `model.config` is a TransformerConfig."""
+        """See `protocol.Engine.setup`. `model` is what this process holds (`model.build.build_model`)."""
         optim.validate()
-        group_of = parameter_groups(model)
-        check_trainable(trainable, group_of, optim)
         self._parallel = groups.state()
+        self._check_options(optim)
+        with torch.device("meta"):
+            whole = whole_model(model.sizes, self._parallel)
+        self._group_of = parameter_groups(whole)
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
+        check_trainable(trainable, self._group_of, optim)
+        self._trainable = set(trainable)
         self._optim = optim
         objective.split_over(self._parallel.tensor_group, vocab_parallel_cross_entropy)
         self._objective = objective
@@ -81,18 +85,21 @@ class MegatronEngine:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trainable)
         self._trained = {name: parameter for name, parameter in model.named_parameters() if name in trainable}
-        self._trained_groups = sorted({group_of[name] for name in self._trained})
-        self._ddp = self._wrap()
-        self._optimizer = self._build_optimizer(group_of)
+        self._trained_groups = sorted({self._group_of[name] for name in trainable})
+        self._wrap()
+        self._optimizer = self._build_optimizer()
         optimizer_state.initialise_moments(self._optimizer)
+        self._megatron.grad_scale_func = self._optimizer.scale_loss
         self._schedule = get_forward_backward_func()
 
     def train_step(self, microbatches: Sequence[Batch]) -> StepOutput:
         """See `protocol.Engine.train_step`."""
-        self._ddp.train()
-        self._ddp.zero_grad_buffer()
+        for wrapped in self._wrapped:
+            wrapped.train()
+            wrapped.zero_grad_buffer()
         self._optimizer.zero_grad()
         figures = self._run_schedule(microbatches, forward_only=False)
+        sum_gradients(self._chunks, self._encoder_ddp, self._parallel)
         rates = self._set_learning_rates()
         overflowed = self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.get_grad_norm())
@@ -108,13 +115,20 @@ class MegatronEngine:
     @torch.no_grad()
     def eval_step(self, microbatches: Sequence[Batch]) -> LossFigures:
         """See `protocol.Engine.eval_step`."""
-        self._ddp.eval()
+        for wrapped in self._wrapped:
+            wrapped.eval()
         return self._run_schedule(microbatches, forward_only=True)
 
     def expected_shapes(self, optimizer: bool = True) -> dict[str, tuple[int, ...]]:
         """See `protocol.Engine.expected_shapes`."""
-        moments = optimizer_state.moments(self._optimizer, self._trained) if optimizer else {}
-        return _shapes(named_weights(self._model) | moments)
+        shapes = {f"{NAMESPACE}/{name}": shape for name, shape in self._shapes.items()}
+        if optimizer:
+            shapes |= {
+                f"optimizer/{name}/{moment}": self._shapes[name]
+                for name in sorted(self._trainable)
+                for moment in self._moments
+            }
+        return shapes
 
     def state_dict(self) -> EngineState:
         """See `protocol.Engine.state_dict`."""
@@ -124,52 +138,139 @@ class MegatronEngine:
             "skipped_steps": self.skipped_steps,
             "total_steps": self._rates.total_steps,
         }
-        moments = optimizer_state.moments(self._optimizer, self._trained)
-        return EngineState(named_weights(self._model) | moments, metadata)
+        if (scaler := self._optimizer.chained_optimizers[0].grad_scaler if self._half else None) is not None:
+            metadata["loss_scale"] = {name: _plain(value) for name, value in scaler.state_dict().items()}
+        moments = [
+            self._state_entry(f"optimizer/{name}/{moment}", parameter, moment)
+            for name, parameter in self._trained.items()
+            for moment in self._moments
+        ]
+        return EngineState(self._collect(self._weight_entries() + moments, self.expected_shapes()), metadata)
+
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """See `protocol.Engine.whole_weights`."""
+        return self._collect(self._weight_entries(), self.expected_shapes(optimizer=False))
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """See `protocol.Engine.gradients`."""
+        entries: list[Entry] = [
+            (name, parameter, lambda parameter=parameter: self._gradient(parameter))
+            for name, parameter in self._trained.items()
+        ]
+        return self._collect(entries, self._trainable)
 
     def load_state_dict(self, state: EngineState) -> None:
         """See `protocol.Engine.load_state_dict`."""
         require_fit(_shapes(state.tensors), self.expected_shapes(), "the state")
-        self._copy_weights(state.tensors)
+        self._load_weights(state.tensors)
         self.step = int(state.metadata["step"])
         self.skipped_steps = int(state.metadata["skipped_steps"])
-        taken = self.step - self.skipped_steps
-        optimizer_state.restore_moments(self._optimizer, self._trained, state.tensors, steps=taken)
+        for name, parameter in self._trained.items():
+            for moment in self._moments:
+                whole = state.tensors[f"optimizer/{name}/{moment}"]
+                part = own_slice(parameter, whole, self._parallel.tensor_group)
+                optimizer_state.restore(moment, self._optimizer, parameter, part)
+        optimizer_state.set_step_count(self._optimizer, self.step - self.skipped_steps)
+        if "loss_scale" in state.metadata and self._half:
+            scaler = self._optimizer.chained_optimizers[0].grad_scaler
+            saved = dict(state.metadata["loss_scale"])
+            saved["scale"] = torch.tensor([saved["scale"]], dtype=torch.float32, device=self._parallel.device)
+            scaler.load_state_dict(saved)
 
     def load_weights(self, tensors: dict[str, torch.Tensor]) -> None:
         """See `protocol.Engine.load_weights`."""
         weights = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{NAMESPACE}/")}
         require_fit(_shapes(weights), self.expected_shapes(optimizer=False), "the set of weights")
-        self._copy_weights(weights)
+        self._load_weights(weights)
 
-    def _wrap(self) -> DistributedDataParallel:
-        config = copy.copy(self._model.config)
-        config.calculate_per_token_loss = True
-        config.finalize_model_grads_func = _sum_gradients
-        ddp = DistributedDataParallel(
-            config=config,
-            ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True),
-            module=_Stage(self._model),
+    def _check_options(self, optim: OptimConfig) -> None:
+        zero = self._parallel.layout.zero
+        if optim.name != "adamw" and zero:
+            raise ConfigError(f"optim.name={optim.name}: megatron shards AdamW only; set layout.zero=0")
+        if self._config.overlap_param_gather and not zero:
+            raise ConfigError("engine.overlap_param_gather=true: needs layout.zero=1")
+
+    @property
+    def _half(self) -> bool:
+        return self._megatron.fp16
+
+    @property
+    def _moments(self) -> tuple[str, ...]:
+        return optimizer_state.MOMENTS if self._optim.name == "adamw" else ()
+
+    def _wrap(self) -> None:
+        """Wrap the decoder's chunks and the encoder, which is a chunk of its own: other processes hold it, and its
+        gradients come from other places."""
+        self._megatron = self._schedule_config()
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=self._parallel.layout.zero == 1,
+            overlap_grad_reduce=self._config.overlap_grad_reduce,
+            overlap_param_gather=self._config.overlap_param_gather,
         )
-        ddp.broadcast_params()
-        return ddp
 
-    def _build_optimizer(self, group_of: dict[str, str]) -> ChainedOptimizer:
+        def wrap(module: torch.nn.Module, bucketed: bool = True) -> DistributedDataParallel:
+            wrapped = DistributedDataParallel(
+                config=self._megatron,
+                ddp_config=copy.copy(ddp_config),
+                module=module,
+                disable_bucketing=not bucketed,
+            )
+            wrapped.broadcast_params()
+            return wrapped
+
+        virtual = len(self._model.part.chunks)
+        self._chunks = [wrap(DecoderChunk(self._model, number), bucketed=number == 0) for number in range(virtual)]
+        self._encoder_ddp: DistributedDataParallel | None = None
+        if self._model.part.encoder:
+            encoder = FrameEncoder(self._model)
+            # Its copies on later stages must not be counted again in the gradient norm.
+            for parameter in encoder.parameters():
+                parameter.shared = not self._parallel.first_stage
+            self._encoder_ddp = wrap(encoder)
+        self._frames = FrameFeatures(
+            self._parallel,
+            self._encoder_ddp,
+            trains_tower=any(self._group_of[name] == "vision_tower" for name in self._trainable),
+            trains_projector=any(self._group_of[name] == "projector" for name in self._trainable),
+        )
+        self._wrapped = [*([self._encoder_ddp] if self._encoder_ddp else []), *self._chunks]
+        if self._config.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self._chunks]
+            self._megatron.no_sync_func = no_sync if virtual > 1 else no_sync[0]
+
+    def _schedule_config(self):
+        layout, config = self._parallel.layout, copy.copy(self._model.config)
+        config.calculate_per_token_loss = True
+        config.pipeline_model_parallel_size = layout.pp
+        config.virtual_pipeline_model_parallel_size = layout.vpp if layout.vpp > 1 else None
+        config.microbatch_group_size_per_vp_stage = layout.pp
+        config.overlap_p2p_comm = layout.overlap_p2p
+        config.batch_p2p_comm = layout.batches_p2p
+        config.deallocate_pipeline_outputs = layout.pp > 1
+        return config
+
+    def _build_optimizer(self) -> ChainedOptimizer:
         config = OptimizerConfig(
-            optimizer="adam",
+            optimizer="adam" if self._optim.name == "adamw" else "sgd",
             lr=self._optim.lr,
             min_lr=self._optim.min_lr,
             weight_decay=self._optim.weight_decay,
             adam_beta1=self._optim.betas[0],
             adam_beta2=self._optim.betas[1],
             adam_eps=self._optim.eps,
+            sgd_momentum=0.0,
             clip_grad=self._optim.clip,
-            params_dtype=self._model.config.params_dtype,
+            params_dtype=self._megatron.params_dtype,
+            bf16=self._megatron.bf16,
+            fp16=self._megatron.fp16,
+            use_distributed_optimizer=self._parallel.layout.zero == 1,
+            overlap_param_gather=self._config.overlap_param_gather,
         )
         # One optimizer group for each parameter group, halved into matrices and the rest, which must not decay.
         members: dict[tuple[str, bool], set[int]] = {}
         for name, parameter in self._trained.items():
-            members.setdefault((group_of[name], parameter.dim() > 1), set()).add(id(parameter))
+            members.setdefault((self._group_of[name], parameter.dim() > 1), set()).add(id(parameter))
         overrides = {
             ParamKey(predicate=ParamPredicate(f"{group}, decay {decays}", _member_of(ids))): {
                 "group": group,
@@ -177,39 +278,61 @@ class MegatronEngine:
             }
             for (group, decays), ids in members.items()
         }
-        return get_megatron_optimizer(config, [self._ddp], config_overrides=overrides, use_gloo_process_groups=False)
+        return get_megatron_optimizer(config, self._wrapped, config_overrides=overrides, use_gloo_process_groups=False)
 
     def _run_schedule(self, microbatches: Sequence[Batch], forward_only: bool) -> LossFigures:
         if not microbatches:
             raise ValueError("a step needs at least one microbatch; give a batch without labels to stand aside")
-        normaliser = self._global_normaliser(microbatches)
+        layout, state = self._parallel.layout, self._parallel
+        multiple = state.tensor_ranks if layout.sp else 1
+        batches = [self._received(batch).padded(multiple).to(state.device, frames=False) for batch in microbatches]
+        normaliser = self._global_normaliser(batches)
+        plans = plans_of(batches, state)
+        step = _Step(self._model, self._frames, batches, plans, multiple)
 
-        def forward_step(batches, stage):
-            batch = next(batches).to(self._parallel.device)
-            logits_TRV = stage(batch)
+        def forward_step(numbers: Iterator[int], chunk: DistributedDataParallel):
+            number = next(numbers)
+            output = step.forward(number, chunk)
 
             def loss_of(logits_TRV):
-                output = self._objective(logits_TRV, batch, normaliser)
-                return output.loss, torch.zeros((), dtype=torch.int, device=logits_TRV.device), output
+                loss = self._objective(logits_TRV, batches[number], normaliser)
+                return loss.loss / state.frame_ranks, torch.zeros((), dtype=torch.int, device=state.device), loss
 
-            return logits_TRV, loss_of
+            return output, loss_of
 
-        outputs = self._schedule(
-            forward_step_func=forward_step,
-            data_iterator=iter(microbatches),
-            model=self._ddp,
-            num_microbatches=len(microbatches),
-            seq_length=microbatches[0].ids_RT.shape[1],
-            micro_batch_size=microbatches[0].rows,
-            forward_only=forward_only,
-        )
-        summed = statistics(outputs)
-        torch.distributed.all_reduce(summed, group=self._parallel.data_group)
-        return LossFigures.from_statistics(summed)
+        # Nothing of the encoder is reduced before all of its gradients are there.
+        with self._encoder_ddp.no_sync() if self._encoder_ddp is not None else contextlib.nullcontext():
+            self._frames.begin(batches, plans)
+            outputs = self._schedule(
+                forward_step_func=forward_step,
+                data_iterator=[iter(range(len(batches))) for _ in self._chunks][: None if layout.vpp > 1 else 1],
+                model=self._chunks if layout.vpp > 1 else self._chunks[0],
+                num_microbatches=len(batches),
+                # Megatron divides by both: it means to split a sequence, we mean this rank's message.
+                seq_length=step.message_length * multiple * state.frame_ranks,
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+            if not forward_only:
+                self._frames.backward()
+        return LossFigures.from_statistics(self._summed(outputs))
+
+    def _received(self, batch: Batch) -> Batch:
+        """The batch cut to this process's share of frames, if the loader has not done it."""
+        share = FrameShare(self._parallel.share_rank, self._parallel.share_ranks)
+        return batch if batch.frame_bounds else batch.share(share)
+
+    def _summed(self, outputs: list) -> torch.Tensor:
+        """The step's statistics on every rank; only the last stage has seen them."""
+        state = self._parallel
+        summed = statistics(outputs) if state.last_stage else statistics([]).to(state.device)
+        torch.distributed.all_reduce(summed, group=state.data_group)
+        if state.pipeline_ranks > 1:
+            torch.distributed.all_reduce(summed, group=state.pipeline_group)
+        return summed
 
     def _global_normaliser(self, microbatches: Sequence[Batch]) -> torch.Tensor:
-        parts = [self._objective.normaliser(batch).to(self._parallel.device) for batch in microbatches]
-        total = torch.stack(parts).sum(dim=0)
+        total = torch.stack([self._objective.normaliser(batch) for batch in microbatches]).sum(dim=0)
         torch.distributed.all_reduce(total, group=self._parallel.data_group)
         return total
 
@@ -225,16 +348,88 @@ class MegatronEngine:
             for part in self._optimizer.chained_optimizers:
                 clip_grad_by_total_norm_fp32(part.get_parameters(), self._optim.clip, grad_norm)
 
-    @torch.no_grad()
-    def _copy_weights(self, tensors: dict[str, torch.Tensor]) -> None:
-        for name, tensor in named_weights(self._model).items():
-            tensor.copy_(tensors[name])
-        self._optimizer.reload_model_params()
+    def _collect(self, entries: list[Entry], names) -> dict[str, torch.Tensor]:
+        self._finish_param_gather()
+        tensors = collect_on_main(entries, self._parallel)
+        if self._parallel.is_main:
+            require_names(tensors, names)
+        return tensors
+
+    def _weight_entries(self) -> list[Entry]:
+        return [
+            self._state_entry(f"{NAMESPACE}/{name}", parameter, optimizer_state.MAIN)
+            if name in self._trained
+            else (f"{NAMESPACE}/{name}", parameter, lambda parameter=parameter: parameter)
+            for name, parameter in self._model.named_parameters()
+        ]
+
+    def _state_entry(self, name: str, parameter: torch.nn.Parameter, kind: str) -> Entry:
+        group = self._parallel.data_frame_group
+        return name, parameter, lambda: optimizer_state.whole_over_replicas(kind, self._optimizer, parameter, group)
+
+    def _gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        if self._parallel.layout.zero == 0:
+            return parameter.main_grad
+        held = optimizer_state.held_state(self._optimizer, parameter)
+        own = parameter.main_grad.reshape(-1)[held.start : held.end]
+        return optimizer_state.assembled(own, held, parameter, self._parallel.data_frame_group)
+
+    def _finish_param_gather(self) -> None:
+        """With overlapped gathering, weights are old until the next forward pass has gathered them."""
+        if self._config.overlap_param_gather:
+            for wrapped in self._wrapped:
+                wrapped.disable_forward_pre_hook()
+                wrapped.enable_forward_pre_hook()
+
+    def _load_weights(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._finish_param_gather()
+        load_whole_weights(self._model, tensors)
+        # A 16-bit parameter lost digits that its float32 original must keep.
+        for name, parameter in self._trained.items():
+            part = own_slice(parameter, tensors[f"{NAMESPACE}/{name}"], self._parallel.tensor_group)
+            optimizer_state.restore(optimizer_state.MAIN, self._optimizer, parameter, part)
 
 
-def _sum_gradients(model_chunks, num_tokens=None, **options) -> None:
-    """megatron's `finalize_model_grads` without its division by tokens: the loss is already divided by Z."""
-    finalize_model_grads(model_chunks, None, **options)
+class _Step:
+    """The microbatches of one step, and what their chunks share."""
+
+    def __init__(
+        self,
+        model: VideoModel,
+        frames: FrameFeatures,
+        batches: Sequence[Batch],
+        plans: Sequence[SharePlan],
+        token_ranks: int,
+    ):
+        self._model, self._frames, self._batches, self._plans = model, frames, batches, plans
+        self._token_ranks = token_ranks
+        self._inputs: dict[int, LayerInputs] = {}
+        self.message_length = max(
+            message_length(*self._hidden_shape(batch), plan.frames, model.sizes.tokens_per_frame)
+            for batch, plan in zip(batches, plans, strict=True)
+        )
+
+    def forward(self, number: int, chunk: DistributedDataParallel) -> torch.Tensor:
+        """Run one chunk on microbatch `number`."""
+        batch, plan = self._batches[number], self._plans[number]
+        if number not in self._inputs:
+            held = None if plan.frames == batch.frames else (plan.first, plan.end)
+            self._inputs[number] = self._model.layer_inputs(batch, None, held)
+        inputs = self._inputs[number]
+        if chunk.module.is_first:
+            inputs = inputs.with_features(self._frames.of(number, batch, plan))
+        if chunk.module.virtual == len(self._model.part.chunks) - 1:
+            del self._inputs[number]
+        features_shape = (plan.frames, self._model.sizes.tokens_per_frame) if batch.frames else None
+        return chunk(batch.ids_RT.T, inputs, self._hidden_shape(batch), features_shape, self.message_length)
+
+    def _hidden_shape(self, batch: Batch) -> tuple[int, int]:
+        rows, tokens = batch.ids_RT.shape
+        return tokens // self._token_ranks, rows
+
+
+def _plain(value):
+    return value.item() if isinstance(value, torch.Tensor) else value
 
 
 def _member_of(ids: set[int]):

@@ -26,7 +26,8 @@ class EngineState:
     """Everything a run needs to go on. Tensors have canonical names, metadata is JSON.
 
     Names: `model/<parameter>`, `optimizer/<parameter>/exp_avg`, `optimizer/<parameter>/exp_avg_sq`, where
-    `<parameter>` is the name in `model.named_parameters()`. The tensors are the engine's own, not copies: write
+    `<parameter>` is the name in the whole model's `named_parameters()`. Weights of trained parameters are the float32 ones
+    that the optimizer updates; those of frozen parameters have the model's precision. The tensors are the engine's own, not copies: write
     them before the next step.
     """
 
@@ -48,7 +49,8 @@ class Engine(Protocol):
         objective: StreamingLoss,
         total_steps: int,
     ) -> None:
-        """Take over `model`: freeze all but the parameters named in `trainable`, build the optimizer.
+        """Take over `model`, which is what this process holds of it: freeze all but the parameters named in `trainable`, build the optimizer.
+        `trainable` names parameters of the whole model.
 
         ConfigError when a name or a group does not exist, or nothing would be trained.
         """
@@ -63,7 +65,14 @@ class Engine(Protocol):
         """Canonical name → global shape of every tensor `load_state_dict` (or `load_weights`) needs."""
 
     def state_dict(self) -> EngineState:
-        """The state after the last step."""
+        """The state after the last step. Collective; whole tensors on the main process, none on the others."""
+
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """The weights (`model/…`) alone, as `state_dict` gives them. Collective."""
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Parameter name → whole gradient of the last `train_step`, scaled as the optimizer left it: as summed, when
+        nothing was clipped. Collective; on the main process alone. For comparisons."""
 
     def load_state_dict(self, state: EngineState) -> None:
         """Go on from `state`, bit for bit. CheckpointError lists every missing, unexpected or mis-shaped tensor."""

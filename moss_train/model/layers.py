@@ -5,7 +5,7 @@ tokens of a frame. Heads are those of this tensor-parallel rank. With sequence p
 matrices has this rank's share of T; attention always sees all tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -29,6 +29,10 @@ class LayerInputs:
     frame_rotation: Rotation | None  #: cos, sin [N, 1, 1, D]; None when cross-attention is not rotated
     features_NPH: torch.Tensor | None  #: projected frames held here; None when the batch has none or all are cached
     sees_frames_TR1: torch.Tensor | None  #: bool, of the tokens between matrices; None when the batch has no frames
+
+    def with_features(self, features_NPH: torch.Tensor | None) -> "LayerInputs":
+        """The same with other features."""
+        return replace(self, features_NPH=features_NPH)
 
 
 class Attention(nn.Module):

@@ -109,8 +109,8 @@ def _fused(megatron: TransformerConfig) -> bool:
 def _without_extra_state(layer: nn.Module) -> nn.Module:
     """Keep `_extra_state` out of the layer's state_dict.
 
-    Transformer Engine's layers put a uint8 tensor there, also when they do not run in FP8, and would have it taken for a
-    weight. It holds the history of the delayed-scaling recipe, which `precision` does not use.
+    Transformer Engine's layers put a uint8 tensor there, also when they do not run in FP8, which would be taken for a
+    weight. It holds the history that the delayed-scaling recipe keeps; `precision` uses a recipe without one.
     """
     layer.__class__ = _weights_only(type(layer))
     return layer

@@ -13,8 +13,10 @@ from moss_train.streams.compiled import Kind
 def statistics(outputs: Sequence[LossOutput]) -> torch.Tensor:
     """float64 [1 + 3·7 + 6]: the loss, the per-kind sums, masses and counts, and the decisions of all `outputs`.
 
-    Add the vectors of several ranks, then make `LossFigures.from_statistics` of the sum.
+    Add the vectors of several ranks, then make `LossFigures.from_statistics` of the sum. No outputs give zeros.
     """
+    if not outputs:
+        return torch.zeros(1 + 3 * len(Kind) + len(Decision), dtype=torch.float64)
     parts = [
         torch.stack([output.loss.detach().double() for output in outputs]).sum()[None],
         *(

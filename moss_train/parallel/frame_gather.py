@@ -65,7 +65,7 @@ def gather_over_tensor(own_NPH: torch.Tensor, plan: SharePlan, group: dist.Proce
 
     Its backward pass sums the processes' gradients of a frame and gives them to the process that brought it.
     """
-    if group.size() == 1:
+    if group.size() == 1 or not plan.frames:
         return own_NPH
     gathered = _Gather.apply(own_NPH, tuple(plan.by_tensor_rank()), group)
     order = plan.flat_order()

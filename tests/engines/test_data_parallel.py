@@ -12,6 +12,7 @@ import torch.multiprocessing as multiprocessing
 
 from moss_train.engines import EngineConfig, build_engine
 from moss_train.engines.config import OptimConfig
+from moss_train.engines.weights import named_weights
 from moss_train.parallel import groups
 
 RANKS, STEPS, POISONED = 2, 5, 3
@@ -29,7 +30,8 @@ def _rank(rank: int, folder: str) -> None:
     state = groups.initialize()
     assert (state.data_rank, state.data_ranks) == (rank, RANKS)
     # Rank 1 starts from other weights: those of rank 0 must reach it.
-    engine = setup_engine(build_engine(EngineConfig()), tiny_model(seed=rank), OPTIM, total_steps=STEPS)
+    model = tiny_model(seed=rank)
+    engine = setup_engine(build_engine(EngineConfig()), model, OPTIM, total_steps=STEPS)
     outputs = []
     for step, microbatches in enumerate(global_batches(STEPS)):
         mine = _shares(microbatches)[rank]
@@ -38,7 +40,9 @@ def _rank(rank: int, folder: str) -> None:
         output = engine.train_step(mine)
         outputs.append([output.loss, output.grad_norm, output.labels, output.skipped])
     evaluated = engine.eval_step(_shares(global_batches(1)[0])[rank]).loss
-    weights = {name: tensor.tolist() for name, tensor in engine.state_dict().tensors.items()}
+    weights = {name: tensor.tolist() for name, tensor in named_weights(model).items()}
+    collected = engine.whole_weights()
+    assert set(collected) == (set(weights) if rank == 0 else set())
     with open(f"{folder}/rank{rank}.json", "w") as file:
         json.dump({"outputs": outputs, "evaluated": evaluated, "weights": weights}, file)
     groups.shutdown()

@@ -1,0 +1,99 @@
+"""Who encodes a microbatch's frames, when, and how the features reach the cross layers (`layout.frame_shard`).
+
+`tp`: the first stage's processes encode their shares inside the schedule, with a graph. `model_parallel`: every process
+encodes its share of every microbatch before the schedule, without a graph; after the schedule the gradients of the
+features return and the encoder is run again with one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+
+from moss_train.data.batch import Batch
+from moss_train.parallel.frame_gather import SharePlan, from_first_stage, gather_over_tensor, plan_shares, to_first_stage
+from moss_train.parallel.groups import ParallelState
+
+
+@dataclass
+class _Encoded:
+    """What one microbatch's encoding left behind until its gradients return."""
+
+    batch: Batch
+    plan: SharePlan
+    own_NPH: torch.Tensor  #: what this process encoded
+    pooled_NPD: torch.Tensor | None  #: what the projector read, kept when only the projector is trained
+    brought_NPH: torch.Tensor | None  #: first stage: what this tensor rank's processes of all stages encoded
+    features_NPH: torch.Tensor | None  #: first stage: all frames of the part, with a graph down to `brought_NPH`
+
+
+class FrameFeatures:
+    """Features of the frames of one step's microbatches, on the first stage."""
+
+    def __init__(self, state: ParallelState, encoder: DistributedDataParallel | None, trains_tower: bool, trains_projector: bool):
+        """`encoder`: a wrapped `FrameEncoder`; None where this process encodes nothing."""
+        self._state = state
+        self._encoder = encoder
+        self._trains_tower = trains_tower
+        self._trained = trains_tower or trains_projector
+        self._ahead = state.layout.sharding == "model_parallel" and state.pipeline_ranks > 1
+        self._encoded: list[_Encoded | None] = []
+
+    def begin(self, microbatches: Sequence[Batch], plans: Sequence[SharePlan]) -> None:
+        """Encode ahead what is encoded before the schedule."""
+        self._encoded = []
+        if self._ahead:
+            self._encoded = [
+                self._encode_ahead(batch, plan) if batch.frames else None
+                for batch, plan in zip(microbatches, plans, strict=True)
+            ]
+
+    def of(self, number: int, batch: Batch, plan: SharePlan) -> torch.Tensor | None:
+        """Features [N, P, H] of the part of microbatch `number` that this process attends to; first stage only."""
+        if not batch.frames:
+            return None
+        if self._ahead:
+            encoded = self._encoded[number]
+            assert encoded is not None
+            return encoded.features_NPH
+        own_NPH = self._encoder(self._pixels(batch))
+        return gather_over_tensor(own_NPH, plan, self._state.tensor_group)
+
+    def backward(self) -> None:
+        """Bring the gradients of what was encoded ahead to its encoders, and through them."""
+        for encoded in self._encoded:
+            if encoded is not None and self._trained:
+                self._backward_one(encoded)
+        self._encoded = []
+
+    @torch.no_grad()
+    def _encode_ahead(self, batch: Batch, plan: SharePlan) -> _Encoded:
+        pooled_NPD = None
+        if self._trained and not self._trains_tower and len(batch.frames_NCHW):
+            pooled_NPD = self._encoder.module.pooled(self._pixels(batch))
+        own_NPH = self._encoder(self._pixels(batch), pooled_NPD)
+        brought_NPH = to_first_stage(own_NPH, plan, self._state)
+        features_NPH = None
+        if brought_NPH is not None:
+            with torch.enable_grad():
+                brought_NPH.requires_grad_(self._trained)
+                features_NPH = gather_over_tensor(brought_NPH, plan, self._state.tensor_group)
+        return _Encoded(batch, plan, own_NPH, pooled_NPD, brought_NPH, features_NPH)
+
+    def _backward_one(self, encoded: _Encoded) -> None:
+        grad = encoded.brought_NPH.grad if encoded.brought_NPH is not None else None
+        if encoded.brought_NPH is not None and grad is None:
+            grad = torch.zeros_like(encoded.brought_NPH)
+        own_grad_NPH = from_first_stage(grad, encoded.plan, self._state, like=encoded.own_NPH)
+        if len(own_grad_NPH):
+            features_NPH = self._encoder(self._pixels(encoded.batch), encoded.pooled_NPD)
+            torch.autograd.backward(features_NPH, own_grad_NPH)
+
+    def _pixels(self, batch: Batch) -> torch.Tensor:
+        return batch.frames_NCHW.to(self._state.device, non_blocking=True)
+
+
+def plans_of(microbatches: Sequence[Batch], state: ParallelState) -> list[SharePlan]:
+    """Which frames of each microbatch lie where."""
+    return [plan_shares(batch.frame_bounds, state) for batch in microbatches]

@@ -1,0 +1,55 @@
+"""Summing a step's gradients: over the processes that hold the same parameters, and over those that hold the same
+parameter but saw a part of what it was applied to."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+
+from moss_train.parallel.groups import ParallelState
+
+
+def sum_gradients(
+    chunks: Iterable[DistributedDataParallel], encoder: DistributedDataParallel | None, state: ParallelState
+) -> None:
+    """Complete `main_grad` of every trained parameter. With `layout.zero=1` only this process's shard is complete.
+
+    1. Over data × frame ranks: megatron's all-reduce, or reduce-scatter with a distributed optimizer.
+    2. Over tensor ranks: parameters marked `partial_over_tensor_group`.
+    3. The encoder: over all processes of one copy of the model that encode frames, each of which saw its share. Its
+       chunk holds nothing else, so its shards lie alike on all of them.
+    """
+    chunks = list(chunks)
+    for chunk in [encoder, *chunks] if encoder is not None else chunks:
+        chunk.finish_grad_sync()
+    sum_partial_gradients(chunks, state)
+    if encoder is not None:
+        sum_encoder_gradients(encoder, state)
+
+
+def sum_partial_gradients(chunks: Iterable[DistributedDataParallel], state: ParallelState) -> None:
+    """Add up, over tensor ranks, the gradients of replicated parameters that were applied to split activations."""
+    grads = [
+        parameter.main_grad
+        for chunk in chunks
+        for parameter in chunk.module.parameters()
+        if parameter.requires_grad and getattr(parameter, "partial_over_tensor_group", False)
+    ]
+    _all_reduce(grads, state.tensor_group)
+
+
+def sum_encoder_gradients(encoder: DistributedDataParallel, state: ParallelState) -> None:
+    """Add up what the encoding processes of one copy of the model contributed."""
+    group = state.model_group if state.layout.sharding == "model_parallel" else state.tensor_group
+    _all_reduce([buffer.grad_data for buffer in encoder.buffers], group)
+
+
+def _all_reduce(tensors: list[torch.Tensor], group: dist.ProcessGroup) -> None:
+    if group.size() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]) if len(tensors) > 1 else tensors[0]
+    dist.all_reduce(flat, group=group)
+    if len(tensors) > 1:
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))

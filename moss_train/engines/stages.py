@@ -1,0 +1,84 @@
+"""The modules that megatron-core wraps: the frame encoder, and each chunk of the decoder."""
+
+import torch
+from megatron.core.enums import ModelType
+from torch import nn
+
+from moss_train.model.layers import LayerInputs
+from moss_train.model.recompute import touch
+from moss_train.model.video_model import VideoModel
+from moss_train.parallel.message import pack_message, unpack_message
+
+
+class FrameEncoder(nn.Module):
+    """Vision tower and projector, which run on other processes and at other times than the decoder's first layers."""
+
+    model_type = ModelType.encoder_or_decoder
+
+    def __init__(self, model: VideoModel):
+        super().__init__()
+        self.vision_tower = model.vision_tower
+        self.projector = model.projector
+        # In a tuple, so that its parameters are not registered here a second time.
+        self._model = (model,)
+
+    def forward(self, frames_NCHW: torch.Tensor, pooled_NPD: torch.Tensor | None = None) -> torch.Tensor:
+        """Features [N, P, H] of frames; `pooled_NPD` is what the tower made of them earlier, if it did."""
+        if not len(frames_NCHW):
+            # Not run, but part of the backward pass: other processes wait for this one where gradients return.
+            sizes = self._model[0].sizes
+            weight = self.projector.weight
+            return touch(weight.new_zeros(0, sizes.tokens_per_frame, weight.shape[0]), self.parameters())
+        return self.projector(self.pooled(frames_NCHW) if pooled_NPD is None else pooled_NPD)
+
+    def pooled(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
+        """The tower's features [N, P, D] of at least one frame."""
+        return self._model[0].pooled_features(frames_NCHW)
+
+
+class DecoderChunk(nn.Module):
+    """One pipeline chunk: some layers, with the embedding before the first and the head behind the last."""
+
+    model_type = ModelType.encoder_or_decoder
+
+    def __init__(self, model: VideoModel, virtual: int):
+        super().__init__()
+        self.is_first = model.part.embedding and virtual == 0
+        self.is_last = model.part.head and virtual == len(model.part.chunks) - 1
+        self.virtual = virtual
+        if self.is_first:
+            self.embedding = model.embedding
+        first, end = model.part.chunks[virtual]
+        self.layers = nn.ModuleList(model.layers[str(index)] for index in range(first, end))
+        if self.is_last:
+            self.final_norm, self.head = model.final_norm, model.head
+        self._model = (model,)
+        self._received: torch.Tensor | None = None
+
+    def set_input_tensor(self, tensors: list[torch.Tensor | None] | torch.Tensor | None) -> None:
+        """Called by megatron's schedules with the message of the chunk before, None for the first."""
+        self._received = tensors[0] if isinstance(tensors, list) else tensors
+
+    def forward(
+        self,
+        ids_TR: torch.Tensor,
+        inputs: LayerInputs,
+        hidden_shape: tuple[int, int],
+        features_shape: tuple[int, int] | None,
+        message_length: int,
+    ) -> torch.Tensor:
+        """Logits [T, R, V] from the last chunk, else the message [S, 1, H] for the next one.
+
+        `inputs.features_NPH` is read by the first chunk alone; later ones take the features from the message. The shapes
+        are those of the hidden state [T, R] and of the features [N, P] that travel with it, None without.
+        """
+        if self.is_first:
+            x_TRH, features_NPH = self.embedding(ids_TR), inputs.features_NPH
+        else:
+            x_TRH, features_NPH = unpack_message(self._received, hidden_shape, features_shape)
+        inputs = inputs.with_features(features_NPH)
+        for layer in self.layers:
+            x_TRH = layer(x_TRH, inputs, self._model[0].recompute)
+        if self.is_last:
+            return self.head(self.final_norm(x_TRH))[0]
+        return pack_message(x_TRH, features_NPH, message_length)
