@@ -12,7 +12,13 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from moss_train.data.batch import Batch
-from moss_train.parallel.frame_gather import SharePlan, from_first_stage, gather_over_tensor, plan_shares, to_first_stage
+from moss_train.parallel.frame_gather import (
+    SharePlan,
+    from_first_stage,
+    gather_over_tensor,
+    plan_shares,
+    to_first_stage,
+)
 from moss_train.parallel.groups import ParallelState
 
 
@@ -31,7 +37,9 @@ class _Encoded:
 class FrameFeatures:
     """Features of the frames of one step's microbatches, on the first stage."""
 
-    def __init__(self, state: ParallelState, encoder: DistributedDataParallel | None, trains_tower: bool, trains_projector: bool):
+    def __init__(
+        self, state: ParallelState, encoder: DistributedDataParallel | None, trains_tower: bool, trains_projector: bool
+    ):
         """`encoder`: a wrapped `FrameEncoder`; None where this process encodes nothing."""
         self._state = state
         self._encoder = encoder

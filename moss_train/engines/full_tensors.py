@@ -20,7 +20,8 @@ def collect_on_main(entries: Iterable[Entry], state: ParallelState) -> dict[str,
     """Every entry of every process as a whole tensor on the main process; {} elsewhere. Collective.
 
     The processes of one pipeline stage must give the same names in the same order. What several stages hold (an encoder
-    that is copied to all) is taken from the first. On a single process tensors are not copied; else they are on the CPU.
+    that is copied to all) is taken from the first. On a single process tensors are not copied; else they are on the
+    CPU.
     """
     # Only the first of the processes that hold the same parameters need join them.
     joins = state.data_rank == 0 and state.frame_rank == 0

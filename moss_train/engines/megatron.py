@@ -42,6 +42,7 @@ from moss_train.errors import ConfigError
 from moss_train.model.build import whole_model
 from moss_train.model.groups import parameter_groups
 from moss_train.model.layers import LayerInputs
+from moss_train.model.precision import Precision
 from moss_train.model.video_model import VideoModel
 from moss_train.objectives.figures import LossFigures, statistics
 from moss_train.objectives.streaming_loss import StreamingLoss
@@ -75,6 +76,7 @@ class MegatronEngine:
         check_trainable(trainable, self._group_of, optim)
         self._trainable = set(trainable)
         self._optim = optim
+        self._precision = Precision.of(model.config.params_dtype, bool(model.config.fp8))
         objective.split_over(self._parallel.tensor_group, vocab_parallel_cross_entropy)
         self._objective = objective
         self._rates = LearningRate(optim, total_steps)
@@ -285,7 +287,8 @@ class MegatronEngine:
             raise ValueError("a step needs at least one microbatch; give a batch without labels to stand aside")
         layout, state = self._parallel.layout, self._parallel
         multiple = state.tensor_ranks if layout.sp else 1
-        batches = [self._received(batch).padded(multiple).to(state.device, frames=False) for batch in microbatches]
+        tokens = self._precision.token_multiple(state.tensor_ranks, layout.sp)
+        batches = [self._received(batch).padded(tokens).to(state.device, frames=False) for batch in microbatches]
         normaliser = self._global_normaliser(batches)
         plans = plans_of(batches, state)
         step = _Step(self._model, self._frames, batches, plans, multiple)

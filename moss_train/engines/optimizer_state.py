@@ -1,7 +1,7 @@
 """Where megatron's optimizers keep the float32 weight and the moments of a parameter, whichever of them it is.
 
-The plain optimizers hold whole tensors (of this tensor-parallel rank); the distributed one holds, flat, the part of each
-parameter that falls in this process's shard of the gradient buffer, which may be none of it.
+The plain optimizers hold whole tensors (of this tensor-parallel rank); the distributed one holds, flat, the part of
+each parameter that falls in this process's shard of the gradient buffer, which may be none of it.
 """
 
 from dataclasses import dataclass

@@ -26,9 +26,9 @@ class EngineState:
     """Everything a run needs to go on. Tensors have canonical names, metadata is JSON.
 
     Names: `model/<parameter>`, `optimizer/<parameter>/exp_avg`, `optimizer/<parameter>/exp_avg_sq`, where
-    `<parameter>` is the name in the whole model's `named_parameters()`. Weights of trained parameters are the float32 ones
-    that the optimizer updates; those of frozen parameters have the model's precision. The tensors are the engine's own, not copies: write
-    them before the next step.
+    `<parameter>` is the name in the whole model's `named_parameters()`. Weights of trained parameters are the float32
+    ones that the optimizer updates; those of frozen parameters have the model's precision. The tensors are the engine's
+    own, not copies: write them before the next step.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -49,8 +49,8 @@ class Engine(Protocol):
         objective: StreamingLoss,
         total_steps: int,
     ) -> None:
-        """Take over `model`, which is what this process holds of it: freeze all but the parameters named in `trainable`, build the optimizer.
-        `trainable` names parameters of the whole model.
+        """Take over `model`, which is what this process holds of it: freeze all but the parameters named in
+        `trainable`, build the optimizer. `trainable` names parameters of the whole model.
 
         ConfigError when a name or a group does not exist, or nothing would be trained.
         """

@@ -69,8 +69,8 @@ class DecoderChunk(nn.Module):
     ) -> torch.Tensor:
         """Logits [T, R, V] from the last chunk, else the message [S, 1, H] for the next one.
 
-        `inputs.features_NPH` is read by the first chunk alone; later ones take the features from the message. The shapes
-        are those of the hidden state [T, R] and of the features [N, P] that travel with it, None without.
+        `inputs.features_NPH` is read by the first chunk alone; later ones take the features from the message. The
+        shapes are those of the hidden state [T, R] and of the features [N, P] that travel with it, None without.
         """
         if self.is_first:
             x_TRH, features_NPH = self.embedding(ids_TR), inputs.features_NPH

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from moss_train.model.flash import PackedStreams, packed_causal_attention
 from moss_train.model.frame_parallel import frame_parallel_attention, frames_of
 from moss_train.model.visibility import AttentionPlan
 
@@ -49,14 +50,24 @@ class SegmentAttention:
     """Unmasked attention call by call over groups of runs: the default without a fused kernel.
 
     frame_group: processes that share the frames; each holds a part of them, and `cross_plan` is over that part.
+    streams: the tokens laid end to end, when FlashAttention does the self-attention.
     """
 
-    def __init__(self, self_plan: AttentionPlan | None, cross_plan: AttentionPlan, frame_group=None):
+    def __init__(
+        self,
+        self_plan: AttentionPlan | None,
+        cross_plan: AttentionPlan,
+        frame_group=None,
+        streams: PackedStreams | None = None,
+    ):
         self.self_plan = self_plan
         self.cross_plan = cross_plan
         self.frame_group = frame_group
+        self.streams = streams
 
     def self_attention(self, layer, q_TRAD, k_TRBD, v_TRBD):
+        if self.streams is not None:
+            return packed_causal_attention(q_TRAD, k_TRBD, v_TRBD, self.streams)
         tokens, rows = q_TRAD.shape[:2]
         if self.self_plan is None:
             mixed = _attend(*(x.transpose(0, 1) for x in (q_TRAD, k_TRBD, v_TRBD)), causal=True)

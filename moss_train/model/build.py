@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear
 
 from moss_train.model import modules
 from moss_train.model.config import ModelConfig, RecomputeConfig
@@ -22,6 +21,7 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     recompute: RecomputeConfig | None = None,
     seed: int | None = None,
+    fp8: bool = False,
 ) -> VideoModel:
     """What process `state` holds of the model, on the CPU.
 
@@ -39,6 +39,7 @@ def build_model(
         state.layout.sp,
         recompute,
         initialise=alone and seed is not None,
+        fp8=fp8,
     )
     if seed is not None and not alone:
         parameters = dict(model.named_parameters())
@@ -70,11 +71,7 @@ def fresh_weights(
         layer = (CrossLayer if index in text.cross_layers else SelfLayer)(index, config, megatron, own_group)
         yield from _named(f"layers.{index}", layer)
     yield from _named("final_norm", modules.rms_norm(megatron, text.hidden_size))
-    head = ColumnParallelLinear(
-        text.hidden_size, text.vocabulary_size, config=megatron, init_method=megatron.init_method,
-        bias=False, gather_output=False, tp_group=own_group,
-    )  # fmt: skip
-    yield from _named("head", head)
+    yield from _named("head", modules.output_linear(megatron, text.hidden_size, text.vocabulary_size, own_group))
     initialise_vision(tower, projector, config)
     yield from _named("vision_tower", tower)
     yield from _named("projector", projector)

@@ -10,8 +10,9 @@ p = exp(s − l) and Δ = Σ_d (dL/do · o) as in FlashAttention (Dao et al. 202
 but its own scores, so one all-reduce of dL/do suffices.
 
 Gradients follow one rule, on which the engine relies: every process of the group differentiates 1/size of the loss, and
-what belongs to all of them is the *sum* of their gradients. A process's dL/dq is its frames' part; it is not summed here,
-because everything upstream of the queries is linear in it and the parameters' gradients are summed at the end of the step.
+what belongs to all of them is the *sum* of their gradients. A process's dL/dq is its frames' part; it is not summed
+here, because everything upstream of the queries is linear in it and the parameters' gradients are summed at the end of
+the step.
 
 Scores exist for a block of keys at a time, in float32. Shape suffixes: as in `attention.py`, and X = T·R tokens, K keys
 of a block, C key/value heads' query groups (A = B·C).
@@ -93,7 +94,9 @@ def _attend_held(q_XAD, k_NPBD, v_NPBD, plan: AttentionPlan):
 def _backward_held(q_XAD, k_NPBD, v_NPBD, grad_XAD, delta_XA, whole_XA, plan: AttentionPlan):
     """Gradients of queries (from the held frames alone), keys and values, float32."""
     heads, tokens = k_NPBD.shape[2], q_XAD.shape[0]
-    grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q_XAD, k_NPBD, v_NPBD))
+    grad_q, grad_k, grad_v = (
+        torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q_XAD, k_NPBD, v_NPBD)
+    )
     for group, tokens_of_run in _groups(plan, tokens):
         q_GBCLD = _grouped(q_XAD, group, heads)
         # Padding queries repeat token 0 and must not contribute.

@@ -1,8 +1,8 @@
 """Decoder layers on megatron-core's parallel linear layers.
 
-Shape suffixes: T tokens, R rows, H decoder width, A query heads, B key/value heads, D head width, N frames held, P vision
-tokens of a frame. Heads are those of this tensor-parallel rank. With sequence parallelism the hidden state between the
-matrices has this rank's share of T; attention always sees all tokens.
+Shape suffixes: T tokens, R rows, H decoder width, A query heads, B key/value heads, D head width, N frames held, P
+vision tokens of a frame. Heads are those of this tensor-parallel rank. With sequence parallelism the hidden state
+between the matrices has this rank's share of T; attention always sees all tokens.
 """
 
 from dataclasses import dataclass, replace
@@ -14,6 +14,7 @@ from torch import nn
 from moss_train.model import modules
 from moss_train.model.attention import AttentionBackend
 from moss_train.model.config import ModelConfig, RecomputeConfig
+from moss_train.model.precision import fp8_context
 from moss_train.model.recompute import GatedProduct, recomputed, touch
 from moss_train.model.rotary import rotate
 
@@ -120,18 +121,21 @@ class SelfLayer(nn.Module):
 
     def __init__(self, index: int, config: ModelConfig, megatron: TransformerConfig, group):
         super().__init__()
-        self.index = index
+        self.index, self.megatron = index, megatron
         self.attention_norm = modules.rms_norm(megatron, config.text.hidden_size)
         self.attention = SelfAttention(config, megatron, group)
         self.mlp_norm = modules.rms_norm(megatron, config.text.hidden_size)
         self.mlp = GatedMLP(config, megatron, group)
 
     def forward(self, x_TRH: torch.Tensor, inputs: LayerInputs, recompute: RecomputeConfig) -> torch.Tensor:
-        return recomputed(recompute.self_layers == "full", self._run, x_TRH, inputs, recompute.self_layers == "selective")
+        return recomputed(
+            recompute.self_layers == "full", self._run, x_TRH, inputs, recompute.self_layers == "selective"
+        )
 
     def _run(self, x_TRH: torch.Tensor, inputs: LayerInputs, selective: bool) -> torch.Tensor:
-        x_TRH = x_TRH + self.attention(self.index, self.attention_norm(x_TRH), inputs, selective)
-        return x_TRH + self.mlp(self.mlp_norm(x_TRH), selective)
+        with fp8_context(self.megatron, self.training):
+            x_TRH = x_TRH + self.attention(self.index, self.attention_norm(x_TRH), inputs, selective)
+            return x_TRH + self.mlp(self.mlp_norm(x_TRH), selective)
 
 
 class CrossLayer(nn.Module):
@@ -143,7 +147,7 @@ class CrossLayer(nn.Module):
 
     def __init__(self, index: int, config: ModelConfig, megatron: TransformerConfig, group):
         super().__init__()
-        self.index = index
+        self.index, self.megatron = index, megatron
         dtype = megatron.params_dtype
         self.attention_norm = modules.rms_norm(megatron, config.text.hidden_size)
         self.attention = CrossAttention(config, megatron, group)
@@ -160,7 +164,8 @@ class CrossLayer(nn.Module):
         )
 
     def _run(self, x_TRH: torch.Tensor, inputs: LayerInputs, selective: bool) -> torch.Tensor:
-        attended = self.attention(self.index, self.attention_norm(x_TRH), inputs, selective)
-        x_TRH = x_TRH + self.attention_gate.tanh() * attended
-        fed = self.mlp(self.mlp_norm(x_TRH), selective) * inputs.sees_frames_TR1.to(x_TRH.dtype)
-        return x_TRH + self.mlp_gate.tanh() * fed
+        with fp8_context(self.megatron, self.training):
+            attended = self.attention(self.index, self.attention_norm(x_TRH), inputs, selective)
+            x_TRH = x_TRH + self.attention_gate.tanh() * attended
+            fed = self.mlp(self.mlp_norm(x_TRH), selective) * inputs.sees_frames_TR1.to(x_TRH.dtype)
+            return x_TRH + self.mlp_gate.tanh() * fed

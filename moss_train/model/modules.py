@@ -11,7 +11,12 @@ import functools
 
 import torch
 from megatron.core.extensions import transformer_engine
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer import TransformerConfig
 from torch import nn
 
@@ -44,10 +49,24 @@ def column_linear(megatron: TransformerConfig, size_in: int, size_out: int, grou
             skip_bias_add=False, is_expert=False, tp_group=group,
         )  # fmt: skip
         return _without_extra_state(layer)
-    return ColumnParallelLinear(
+    return output_linear(megatron, size_in, size_out, group)
+
+
+def output_linear(megatron: TransformerConfig, size_in: int, size_out: int, group) -> nn.Module:
+    """`column_linear` for the head, always the local layer: its width is the vocabulary's, whatever that is."""
+    layer = ColumnParallelLinear(
         size_in, size_out, config=megatron, init_method=megatron.init_method, bias=False, gather_output=False,
         tp_group=group,
     )  # fmt: skip
+    return _split(layer, dim=0)
+
+
+def token_embedding(megatron: TransformerConfig, rows: int, width: int, group) -> nn.Module:
+    """A table of `rows` vectors, split by rows over the tensor-parallel group."""
+    layer = VocabParallelEmbedding(
+        rows, width, init_method=megatron.init_method, config=megatron, tp_group=group
+    )  # fmt: skip
+    return _split(layer, dim=0)
 
 
 def frame_linear(megatron: TransformerConfig, size_in: int, size_out: int, group) -> nn.Module:
@@ -62,7 +81,7 @@ def frame_linear(megatron: TransformerConfig, size_in: int, size_out: int, group
         disable_grad_reduce=True, tp_group=group,
     )  # fmt: skip
     layer.sequence_parallel = False
-    return layer
+    return _split(layer, dim=0)
 
 
 def row_linear(megatron: TransformerConfig, size_in: int, size_out: int, group) -> nn.Module:
@@ -76,10 +95,11 @@ def row_linear(megatron: TransformerConfig, size_in: int, size_out: int, group) 
             input_is_parallel=True, skip_bias_add=False, is_expert=False, tp_group=group,
         )  # fmt: skip
         return _without_extra_state(layer)
-    return RowParallelLinear(
+    layer = RowParallelLinear(
         size_in, size_out, config=megatron, init_method=megatron.output_layer_init_method, bias=False,
         input_is_parallel=True, skip_bias_add=False, tp_group=group,
     )  # fmt: skip
+    return _split(layer, dim=1)
 
 
 def rms_norm(megatron: TransformerConfig, size: int) -> nn.Module:
@@ -99,6 +119,13 @@ def rms_norm(megatron: TransformerConfig, size: int) -> nn.Module:
 def head_norm(megatron: TransformerConfig, size: int) -> nn.Module:
     """Norm of queries or keys over the head width: always ours, since it works on any number of leading dimensions."""
     return RMSNorm(size, megatron.layernorm_epsilon, megatron.params_dtype)
+
+
+def _split(layer: nn.Module, dim: int) -> nn.Module:
+    """Mark the weight as split over tensor-parallel processes, which megatron does only while it initialises it."""
+    if not hasattr(layer.weight, "partition_dim"):
+        set_tensor_model_parallel_attributes(layer.weight, True, dim, 1)
+    return layer
 
 
 def _fused(megatron: TransformerConfig) -> bool:

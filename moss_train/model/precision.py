@@ -40,6 +40,11 @@ class Precision:
             raise ConfigError(f"precision={name!r}: legal values are {', '.join(PRECISIONS)}")
         return cls(name, _DTYPES[name], fp8=name == "fp8")
 
+    @classmethod
+    def of(cls, dtype: torch.dtype, fp8: bool = False) -> "Precision":
+        """The precision of parameters of `dtype`."""
+        return cls("fp8" if fp8 else {kind: name for name, kind in _DTYPES.items() if name != "fp8"}[dtype], dtype, fp8)
+
     def check_supported(self, device: torch.device) -> None:
         """Raise ConfigError, naming all that is missing, unless this precision can run on `device`."""
         if not self.fp8:

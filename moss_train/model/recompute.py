@@ -46,8 +46,8 @@ def _gated_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def touch(x: torch.Tensor, parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     """`x`, with zero gradients for the trained `parameters`, which this batch does not use.
 
-    Data-parallel processes sum gradients bucket by bucket as they become ready; a process whose batch skips a layer must
-    come to that layer's bucket at the same place as the others, or all of them wait for ever.
+    Data-parallel processes sum gradients bucket by bucket as they become ready; a process whose batch skips a layer
+    must come to that layer's bucket at the same place as the others, or all of them wait for ever.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not (trained and torch.is_grad_enabled()):

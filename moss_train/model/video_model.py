@@ -1,15 +1,11 @@
 """The model: vision tower, projector, and a decoder whose cross layers look at the frames.
 
-Shape suffixes: R rows, T tokens, N frames held (of a batch or of this process's part of it), P vision tokens of a frame,
-C colours, H decoder width, V rows of the head.
+Shape suffixes: R rows, T tokens, N frames held (of a batch or of this process's part of it), P vision tokens of a
+frame, C colours, H decoder width, V rows of the head.
 """
 
 import torch
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    VocabParallelEmbedding,
-    scatter_to_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import nn
 
@@ -17,7 +13,9 @@ from moss_train.data.batch import Batch
 from moss_train.model import modules, parts, visibility
 from moss_train.model.attention import AttentionBackend, DenseAttention, SegmentAttention
 from moss_train.model.config import ModelConfig, RecomputeConfig
+from moss_train.model.flash import flash_attention_available, lay_out_streams
 from moss_train.model.layers import CrossLayer, LayerInputs, SelfLayer
+from moss_train.model.precision import Precision
 from moss_train.model.projector import Projector, pooled_features
 from moss_train.model.recompute import recomputed
 from moss_train.model.rotary import RotaryTable
@@ -30,6 +28,7 @@ def megatron_config(
     tensor_ranks: int = 1,
     sequence_parallel: bool = False,
     initialise: bool = True,
+    fp8: bool = False,
 ) -> TransformerConfig:
     """The part of the sizes that megatron-core's layers, optimizer and schedules read."""
     text = config.text
@@ -48,13 +47,10 @@ def megatron_config(
         init_method=lambda weight: nn.init.normal_(weight, std=config.init_std),
         # Residual branches start smaller with depth (GPT-2), so deep fresh models train from the first step.
         output_layer_init_method=lambda weight: nn.init.normal_(weight, std=config.init_std / (2 * text.layers) ** 0.5),
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
         use_cpu_initialization=not torch.cuda.is_available(),
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
+        **Precision.of(dtype, fp8).megatron_options(),
     )
 
 
@@ -70,9 +66,7 @@ class Embedding(nn.Module):
         text = config.text
         self.vocabulary_size = text.vocabulary_size
         self.group = group if megatron.sequence_parallel else None
-        self.text = VocabParallelEmbedding(
-            text.vocabulary_size, text.hidden_size, init_method=megatron.init_method, config=megatron, tp_group=group
-        )
+        self.text = modules.token_embedding(megatron, text.vocabulary_size, text.hidden_size, group)
         self.extra = nn.Parameter(torch.empty(text.extra_embedding_rows, text.hidden_size, dtype=megatron.params_dtype))
         if megatron.perform_initialization:
             megatron.init_method(self.extra)
@@ -112,10 +106,12 @@ class VideoModel(nn.Module):
         sequence_parallel: bool = False,
         recompute: RecomputeConfig | None = None,
         initialise: bool = True,
+        fp8: bool = False,
     ):
         """`tensor_group`: the processes over which matrices are split (one process, when they are not).
         `frame_group`: those that share the frames of the cross layers; None or a group of one: all frames are here.
         `part`: None for the whole model. `initialise`: False leaves weights unset, for what is loaded right after.
+        `fp8`: the decoder's matrices multiply in 8 bits (`model.precision`); `dtype` is bfloat16 then.
         """
         super().__init__()
         config.validate()
@@ -125,7 +121,7 @@ class VideoModel(nn.Module):
         self.tensor_group = tensor_group
         self.recompute = recompute or RecomputeConfig()
         # Megatron-core's wrappers look for this name.
-        self.config = megatron_config(config, dtype, tensor_group.size(), sequence_parallel, initialise)
+        self.config = megatron_config(config, dtype, tensor_group.size(), sequence_parallel, initialise, fp8)
         text = config.text
         if self.part.encoder:
             self.vision_tower = VisionTower(config.vision).to(dtype)
@@ -144,19 +140,16 @@ class VideoModel(nn.Module):
         )
         if self.part.head:
             self.final_norm = modules.rms_norm(self.config, text.hidden_size)
-            self.head = ColumnParallelLinear(
-                text.hidden_size, text.vocabulary_size, config=self.config, init_method=self.config.init_method,
-                bias=False, gather_output=False, tp_group=tensor_group,
-            )  # fmt: skip
+            self.head = modules.output_linear(self.config, text.hidden_size, text.vocabulary_size, tensor_group)
         self.rotary = RotaryTable(text.hidden_size // text.attention_heads, text.rope_theta, text.rope_scaling)
         if self.part.encoder and initialise:
             initialise_vision(self.vision_tower, self.projector, config)
         self._mark_partial_gradients()
 
     def _mark_partial_gradients(self) -> None:
-        """Say of which parameters each tensor-parallel process has only a part of the gradient, though all hold the whole
-        parameter: norms of heads (each process has some heads) and, with sequence parallelism, everything applied to
-        hidden states between matrices (each process has some tokens)."""
+        """Say of which parameters each tensor-parallel process has only a part of the gradient, though all hold the
+        whole parameter: norms of heads (each process has some heads) and, with sequence parallelism, everything applied
+        to hidden states between matrices (each process has some tokens)."""
         for layer in self.decoder_layers:
             partial = []
             if isinstance(layer, CrossLayer):
@@ -244,7 +237,12 @@ class VideoModel(nn.Module):
             visibility.plan_self_attention(batch, device),
             visibility.plan_cross_attention(batch, compat, device, held),
             self.frame_group,
+            lay_out_streams(batch.segments_RT, device) if self._has_flash(device) else None,
         )
+
+    def _has_flash(self, device: torch.device) -> bool:
+        head_size = self.sizes.text.hidden_size // self.sizes.text.attention_heads
+        return flash_attention_available(self.config.params_dtype, device, head_size)
 
     def text_rotation(self, positions_TR: torch.Tensor):
         """Cosines and sines [T, R, 1, D] of token positions."""

@@ -77,7 +77,9 @@ def initialize(layout: LayoutConfig | None = None, seed: int = 0) -> ParallelSta
         torch.cuda.set_device(device)
     backend = layout.backend or ("nccl" if use_cuda else "gloo")
     if layout.overlap_p2p and backend == "gloo":
-        raise ConfigError("layout.overlap_p2p=true: gloo overwrites what is still being sent, silently; set it to false")
+        raise ConfigError(
+            "layout.overlap_p2p=true: gloo overwrites what is still being sent, silently; set it to false"
+        )
     if not dist.is_initialized():
         timeout = timedelta(minutes=layout.timeout_minutes)
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:

@@ -1,4 +1,5 @@
-"""Which part of a whole parameter a tensor-parallel process holds, read from the marks that megatron-core's layers set."""
+"""Which part of a whole parameter a tensor-parallel process holds, read from the marks that megatron-core's layers
+set."""
 
 import torch
 import torch.distributed as dist
