@@ -51,11 +51,42 @@ def doctor_command(options: DoctorOptions) -> int:
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(count))
         print(f"GPUs               {names or 'none: training runs on the processors with gloo'}")
     absent = [name for name in _ESSENTIAL if name in missing]
+    if not absent:
+        for part, choice in _implementations().items():
+            print(f"{part:<19}{choice}")
     if absent:
         print(f"not ready: install {', '.join(absent)}")
         return 1
     print("ready")
     return 0
+
+
+def _implementations() -> dict[str, str]:
+    """Which implementation the model's parts take in bfloat16, and why."""
+    import torch
+
+    if not torch.cuda.is_available():
+        reason = "there is no CUDA device"
+        return {"layers": f"local: {reason}", "self-attention": f"torch's: {reason}", "fp8": f"no: {reason}"}
+    import moss_train.parallel  # noqa: F401 - before megatron
+    from moss_train.errors import ConfigError
+    from moss_train.model.flash import flash_attention_problem
+    from moss_train.model.modules import transformer_engine_problem
+    from moss_train.model.precision import Precision
+
+    device, head_size = torch.device("cuda", torch.cuda.current_device()), 128  # as in every released size
+    layers = transformer_engine_problem()
+    attention = flash_attention_problem(torch.bfloat16, device, head_size)
+    try:
+        Precision.named("fp8").check_supported(device)
+        eight_bits = "yes"
+    except ConfigError as error:
+        eight_bits = f"no: {error}"
+    return {
+        "layers": f"local: {layers}" if layers else "Transformer Engine's",
+        "self-attention": f"torch's: {attention}" if attention else "FlashAttention's, where streams are packed",
+        "fp8": eight_bits,
+    }
 
 
 def _version(distribution: str) -> str | None:

@@ -1,5 +1,7 @@
 """Packed streams through FlashAttention's interface: the same numbers as the segments' plan, and zero for padding."""
 
+import sys
+
 import fused_stubs
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ def cases(rng: np.random.Generator) -> dict:
         "one row, one stream": pack([[one]]),
         "one row, packed": pack([[one, two, three]]),
         "one row, padded": pack([[one, two]], padding=5),
+        "rows without padding": pack([[one, two], [one, two]]),
         "rows of unequal length": pack([[one, two], [three], [two, three, one]], padding=2),
     }
 
@@ -109,5 +112,5 @@ def test_where_it_is_refused(monkeypatch):
     assert "256" in flash.flash_attention_problem(torch.float16, torch.device("cuda", 0), 260)
     fused_stubs.install_flash_attention(monkeypatch)
     assert flash.flash_attention_available(torch.bfloat16, torch.device("cuda", 0), 128)
-    monkeypatch.setitem(__import__("sys").modules, "flash_attn", None)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
     assert "not installed" in flash.flash_attention_problem(torch.bfloat16, torch.device("cuda", 0), 128)

@@ -28,6 +28,7 @@ def megatron(name: str) -> TransformerConfig:
 def test_what_megatron_is_told(name):
     named = Precision.named(name)
     assert (named.name, named.dtype, named.fp8) == (name, DTYPES[name], name == "fp8")
+    assert Precision.of(named.dtype, named.fp8) == named
     config = megatron(name)
     assert config.params_dtype == config.pipeline_dtype == DTYPES[name]
     assert (config.bf16, config.fp16) == (name in ("bf16", "fp8"), name == "fp16")
