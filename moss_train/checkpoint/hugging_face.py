@@ -110,10 +110,21 @@ def normalise_reference_name(name: str) -> str:
 
 
 def import_weights(model, weights: Mapping[str, torch.Tensor], origin: str) -> None:
-    """Copy the reference's tensors into `model`, in place and bit-exactly.
+    """Copy the reference's tensors into `model`, a whole one, in place and bit-exactly.
+
+    `weights` and errors are those of `canonical_weights`; nothing is copied when there is an error.
+    """
+    found = canonical_weights(model, weights, origin)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(found[name])
+
+
+def canonical_weights(model, weights: Mapping[str, torch.Tensor], origin: str) -> dict[str, torch.Tensor]:
+    """The reference's tensors under the names of `model`, a whole one, which may be on the meta device. No copies.
 
     `weights` are keyed by the reference's names. CheckpointError lists, all at once, every parameter that is
-    missing, every tensor that has no place in the model, and every shape that differs; nothing is copied then.
+    missing, every tensor that has no place in the model, and every shape that differs.
     """
     weights = {normalise_reference_name(name): tensor for name, tensor in weights.items()}
     parameters = dict(model.named_parameters())
@@ -136,11 +147,10 @@ def import_weights(model, weights: Mapping[str, torch.Tensor], origin: str) -> N
         raise CheckpointError(
             f"{origin} does not fit the model: {kinds}, {misshaped} of another shape\n  " + "\n  ".join(problems)
         )
-    with torch.no_grad():
-        for reference, ours in wanted.items():
-            parameters[ours].copy_(weights[reference])
-        for part, tensor in zip(_EMBEDDING_PARTS, weights[_EMBEDDING].split([r[0] for r in rows]), strict=True):
-            parameters[part].copy_(tensor)
+    parts = weights[_EMBEDDING].split([shape[0] for shape in rows])
+    return {ours: weights[reference] for reference, ours in wanted.items()} | dict(
+        zip(_EMBEDDING_PARTS, parts, strict=True)
+    )
 
 
 def export_tensors(model, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -151,7 +161,8 @@ def export_tensors(model, tensors: Mapping[str, torch.Tensor]) -> dict[str, torc
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of one safetensors file; CheckpointError when it is missing or is not one."""
+    """All tensors of one safetensors file, backed by it until they are copied; CheckpointError when it is missing or is
+    not one."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}

@@ -35,6 +35,10 @@ class ConsoleSink:
         if held_out:
             figures = "  ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in held_out.items())
             self._print(Text.assemble((f"{row.stage:<9}", "cyan"), ("held out  ", "magenta"), figures))
+        if "memory/peak_mb" in metrics:
+            kept, peak = metrics["memory/activations_mb"], metrics["memory/peak_mb"]
+            figures = f"a step keeps {kept:.3g} MB of activations, holds {peak:.3g} MB of tensors at its peak"
+            self._print(Text.assemble((f"{row.stage:<9}", "cyan"), ("memory    ", "magenta"), figures))
         if "loss" not in metrics:
             return
         line = Text()

@@ -2,7 +2,8 @@
 
 The loop records metrics as they come; `commit` reduces what came since the last commit to one row and hands it to every
 sink. Names that the console knows how to show: `loss`, `loss/<kind>`, `learning_rate`, `learning_rate/<group>`,
-`grad_norm`, `tokens_per_s`, `frames_per_s`, `data_wait` (share of the step's time), `eval/<figure>`.
+`grad_norm`, `tokens_per_s`, `frames_per_s`, `data_wait` (share of the step's time), `eval/<figure>`,
+`memory/activations_mb`, `memory/peak_mb`.
 """
 
 import math

@@ -10,6 +10,7 @@ from moss_train.errors import ConfigError, MossTrainError
 from moss_train.evaluate.config import DecodeConfig, EvaluationConfig
 from moss_train.evaluate.judges import JUDGES
 from moss_train.model.config import ModelConfig
+from moss_train.model.layout_rules import check_layout
 from moss_train.objectives.config import ObjectiveConfig
 from moss_train.parallel.config import LayoutConfig
 from moss_train.report.config import TrackingConfig
@@ -105,6 +106,9 @@ class RunConfig:
     """Seed of fresh weights, of the data order and of augmentations."""
     resume: str = "auto"
     """`auto` goes on where the newest complete checkpoint in `output_dir` stopped; `never` demands a fresh folder."""
+    precision: str = "fp32"
+    """Number format of weights and activations: fp32, bf16, fp16, or fp8 (8-bit matrices over bf16; Ada GPUs and later
+    with Transformer Engine). In all of them the optimizer updates float32 weights."""
     dry_run: bool = False
     """Check everything, print the resolved pipeline and stop before training."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -135,14 +139,28 @@ class RunConfig:
         for part in (self.model, self.tokenizer, self.engine, self.tracking, self.evaluate.settings):
             _validate(part)
         _validate(self.evaluate.decode, "evaluate.")
-        self.layout.validate(int(os.environ.get("WORLD_SIZE", 1)))  # set by torchrun
+        self.check_layout()
         for name, stage in self.stages.items():
             stage.validate(name)
+            if self.layout.zero and stage.optim.name != "adamw":
+                raise ConfigError(
+                    f"stages.{name}.optim.name={stage.optim.name}: megatron shards AdamW only; set layout.zero=0"
+                )
         orders: dict[int, str] = {}
         for name, stage in self.stages.items():
             if stage.order in orders:
                 raise ConfigError(f"stages.{name}.order={stage.order}: stages.{orders[stage.order]} has the same order")
             orders[stage.order] = name
+
+    def check_layout(self) -> None:
+        """Raise ConfigError unless the model can be trained in this layout and precision on the processes that torchrun
+        started. A vocabulary that is not known yet is left out: check again when it is."""
+        check_layout(self.model, self.layout, int(os.environ.get("WORLD_SIZE", 1)))
+        if self.engine.overlap_param_gather and not self.layout.zero:
+            raise ConfigError("engine.overlap_param_gather=true: gathers what layout.zero=1 shards; set that, or false")
+        from moss_train.model.precision import Precision  # loads megatron-core, for which help must not wait
+
+        Precision.named(self.precision).check_sizes(self.model, self.layout.tp)
 
     def ordered_stages(self) -> list[tuple[str, StageConfig]]:
         """The stages in the order they run."""

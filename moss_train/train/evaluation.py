@@ -6,8 +6,13 @@ from dataclasses import replace
 import torch
 
 from moss_train.data.corpus import Corpus, load_source
+from moss_train.engines.protocol import Engine
+from moss_train.engines.weights import load_whole_weights
 from moss_train.evaluate.judges import load_judge
 from moss_train.evaluate.runner import EvaluationResult, evaluate_streams
+from moss_train.model.build import whole_model
+from moss_train.model.precision import Precision
+from moss_train.model.video_model import VideoModel
 from moss_train.parallel import groups
 from moss_train.streams.config import CompilerConfig
 from moss_train.streams.tokenizer import StreamTokenizer
@@ -18,15 +23,15 @@ class Evaluator:
     """Evaluates models of one run on `evaluate.source`, which must be set."""
 
     def __init__(self, run: RunConfig, tokenizer: StreamTokenizer):
+        self._run = run
         self._config = run.evaluate
         self._tokenizer = tokenizer
-        self._image_size = run.model.vision.image_size
         self.judge = load_judge(run.evaluate.judge)
 
     def corpus(self, compiler: CompilerConfig) -> Corpus:
         """The held-out source, opened."""
         assert self._config.source is not None
-        return load_source(self._config.source, self._tokenizer, compiler, self._image_size)
+        return load_source(self._config.source, self._tokenizer, compiler, self._run.model.vision.image_size)
 
     def evaluate(
         self,
@@ -48,8 +53,26 @@ class Evaluator:
             on_progress,
         )
 
-    def figures(self, model: torch.nn.Module, compiler: CompilerConfig) -> dict[str, float]:
-        """Free-running figures during training. The main process evaluates, the others wait in their next step."""
+    def figures(self, engine: Engine, model: VideoModel, compiler: CompilerConfig) -> dict[str, float]:
+        """Free-running figures during training of what `engine` trains; `model` is this process's part of it. Every
+        process must call it: the main one evaluates and returns them, the others give it their parts and wait in their
+        next step."""
+        split = self._is_split()
+        weights = engine.whole_weights() if split else {}
         if not groups.state().is_main:
             return {}
-        return self.evaluate(model, compiler, self._config.during_training).figures
+        whole = self._assembled(weights) if split else model
+        del weights
+        return self.evaluate(whole, compiler, self._config.during_training).figures
+
+    def _is_split(self) -> bool:
+        """Whether a forward pass of the model in training needs other processes, so that one alone cannot run it."""
+        layout = self._run.layout
+        return layout.tp * layout.pp * layout.cp > 1 or self._run.engine.overlap_param_gather
+
+    def _assembled(self, weights: dict[str, torch.Tensor]) -> VideoModel:
+        """A copy of the whole model on this process."""
+        state = groups.state()
+        model = whole_model(self._run.model, state, Precision.named(self._run.precision).dtype)
+        load_whole_weights(model, weights)
+        return model.to(state.device)

@@ -15,12 +15,13 @@ from moss_train.data.loader import build_loader
 from moss_train.engines.fit import require_fit
 from moss_train.engines.trainable import check_trainable
 from moss_train.errors import CheckpointError, ConfigError, MossTrainError
+from moss_train.model.build import whole_model
 from moss_train.model.groups import parameter_groups, trainable_names
 from moss_train.model.video_model import VideoModel
 from moss_train.parallel import groups
 from moss_train.streams.tokenizer import StreamTokenizer
 from moss_train.train.blend import apply_blend
-from moss_train.train.compose import resolved_dict
+from moss_train.train.compose import resolved_dict, run_from_dict
 from moss_train.train.config import RunConfig, StageConfig
 from moss_train.train.weights import Origin, expected_shapes, find_origin
 
@@ -55,7 +56,7 @@ def plan_pipeline(run: RunConfig, tokenizer: StreamTokenizer) -> list[StagePlan]
     """
     check_tokenizer(run, tokenizer)
     with torch.device("meta"):
-        model = VideoModel(run.model, groups.state().tensor_group)
+        model = whole_model(run.model, groups.state())
     plans: list[StagePlan] = []
     for name, stage in run.ordered_stages():
         try:
@@ -186,10 +187,12 @@ def _check_lineage(plan: StagePlan, before: StagePlan | None, checkpoint: Checkp
 
 def _check_same_run(run: RunConfig, plan: StagePlan, tokenizer: StreamTokenizer, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError when a stage would go on under another model, objective or optimizer than it began with."""
-    saved, now = checkpoint.provenance["config"], resolved_dict(run)
+    # A field that is newer than the checkpoint had its default.
+    saved, now = resolved_dict(run_from_dict(checkpoint.provenance["config"])), resolved_dict(run)
     if checkpoint.state["stage"] != plan.name:
         raise CheckpointError(f"{checkpoint.path} is of stage {checkpoint.state['stage']!r}, not of {plan.name!r}")
-    pairs: list[tuple[str, Any, Any]] = [(name, saved.get(name), now[name]) for name in ("seed", "model", "tokenizer")]
+    kept_of_run = ("seed", "model", "tokenizer", "precision")
+    pairs: list[tuple[str, Any, Any]] = [(name, saved.get(name), now[name]) for name in kept_of_run]
     saved_stage = saved["stages"].get(plan.name, {})
     pairs += [(f"stages.{plan.name}.{name}", saved_stage.get(name), now["stages"][plan.name][name]) for name in _KEPT]
     pairs.append(

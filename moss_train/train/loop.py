@@ -1,13 +1,20 @@
 """The training loop of one stage, top to bottom: data, step, figures, evaluation, checkpoint, stop."""
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from moss_train.data.loader import GlobalStep, Loader
+from moss_train.engines.memory import MemoryFigures, measure_step
 from moss_train.engines.protocol import Engine, StepOutput
 from moss_train.parallel import groups
+from moss_train.parallel.agreement import gather_lists
 from moss_train.report.tracker import Tracker
 from moss_train.train.config import StageConfig
 from moss_train.train.signals import StopRequest
@@ -47,10 +54,18 @@ def train(
     """
     device = groups.state().device
     batches = iter(loader)
+    measured = False
     while not progress.finished:
         began = time.perf_counter()
         batch = next(batches)
-        output = engine.train_step(batch.microbatches)
+        train_step = partial(engine.train_step, batch.microbatches)
+        if measured:
+            output = train_step()
+        else:
+            gc.collect()  # else what is freed during the step, but was garbage before, is subtracted from it
+            output, memory = measure_step(train_step, device)
+            record_memory(tracker, memory)
+            measured = True
 
         progress.step += 1
         progress.trained_tokens += output.labels
@@ -74,8 +89,27 @@ def train(
     return 0
 
 
+def record_memory(tracker: Tracker, memory: MemoryFigures) -> None:
+    """Note what a step took on the process that needed most; every process must call it. MB are 10⁶ bytes."""
+    told = gather_lists([[memory.activations, memory.peak]])
+    activations, peak = (max(figures) for figures in zip(*(own[0] for own in told), strict=True))
+    tracker.record_metric("memory/activations_mb", activations / 1e6, reduce="last")
+    tracker.record_metric("memory/peak_mb", peak / 1e6, reduce="last")
+
+
+def frames_of(batch: GlobalStep) -> int:
+    """Frames of the whole global batch; every process must call it."""
+    state = groups.state()
+    frames = sum(part.frames for part in batch.microbatches)
+    if state.data_ranks == 1:
+        return frames
+    total = torch.tensor(frames, device=state.device)
+    dist.all_reduce(total, group=state.data_group)
+    return int(total)
+
+
 def record_step(tracker: Tracker, batch: GlobalStep, output: StepOutput, seconds: float) -> None:
-    """Note the figures of one step; frames are this rank's, all else is the global batch's."""
+    """Note the figures of one step, all of them the global batch's; every process must call it."""
     tracker.record_metric("loss", output.loss)
     for kind, loss in output.per_kind.items():
         tracker.record_metric(f"loss/{kind}", loss)
@@ -87,7 +121,7 @@ def record_step(tracker: Tracker, batch: GlobalStep, output: StepOutput, seconds
     for group, rate in output.lr.items():
         tracker.record_metric(f"learning_rate/{group}", rate, reduce="last")
     tracker.record_metric("tokens_per_s", output.labels, reduce="rate")
-    tracker.record_metric("frames_per_s", sum(len(part.frames_NCHW) for part in batch.microbatches), reduce="rate")
+    tracker.record_metric("frames_per_s", frames_of(batch), reduce="rate")
     tracker.record_metric("data_wait", batch.data_wait_s / seconds)
     tracker.record_metric("step_seconds", seconds)
     tracker.record_metric("masked", batch.masked, reduce="sum")

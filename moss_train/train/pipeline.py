@@ -2,8 +2,13 @@
 
 from pathlib import Path
 
+import torch
+
 from moss_train.checkpoint.store import latest
 from moss_train.errors import CheckpointError
+from moss_train.model.config import RecomputeConfig
+from moss_train.model.parts import split_layers
+from moss_train.model.precision import Precision
 from moss_train.parallel import groups
 from moss_train.report.tracker import Tracker
 from moss_train.streams.tokenizer import load_tokenizer
@@ -21,10 +26,13 @@ def run_pipeline(run: RunConfig) -> int:
 
     Nothing is written and no weight is made before every stage has passed the checks of `plan_pipeline`.
     """
-    state = groups.initialize(run.layout, run.seed)
     tokenizer = load_tokenizer(run.tokenizer)
     if run.model.text.vocabulary_size is None:
         run.model.text.vocabulary_size = tokenizer.vocabulary_size
+        run.check_layout()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    Precision.named(run.precision).check_supported(device)
+    state = groups.initialize(run.layout, run.seed)
     plans = plan_pipeline(run, tokenizer)
     if state.is_main:
         print(describe(run, plans), flush=True)
@@ -65,7 +73,9 @@ def describe(run: RunConfig, plans: list[StagePlan]) -> str:
     state = groups.state()
     lines = [
         f"{run.name}: model {run.model.name}, {plans[0].parameters:,} parameters, {state.world_size} process"
-        f"{'es' if state.world_size > 1 else ''} on {state.device.type}, seed {run.seed}, output {run.output_dir}"
+        f"{'es' if state.world_size > 1 else ''} on {state.device.type}, seed {run.seed}, output {run.output_dir}",
+        f"  layout: {_layout(run)}",
+        f"  {run.precision}; recompute: {_recompute(run.engine.recompute)}",
     ]
     for plan in plans:
         stage, summary = plan.config, plan.summary
@@ -81,3 +91,24 @@ def describe(run: RunConfig, plans: list[StagePlan]) -> str:
             kinds = ", ".join(f"{count} {kind}" for kind, count in source["kinds"].items())
             lines.append(f"    {name}: {kinds}; {source['share']:.0%} of the blend")
     return "\n".join(lines)
+
+
+def _layout(run: RunConfig) -> str:
+    layout, state = run.layout, groups.state()
+    degrees = f"tp {layout.tp}{' with sp' if layout.sp else ''}, cp {layout.cp}, dp {state.data_ranks}, pp {layout.pp}"
+    split = "+".join(map(str, split_layers(run.model, layout)))
+    if layout.vpp > 1:
+        degrees += f" of {layout.vpp} chunks each"
+    shares = f"frames shared by {layout.share_ranks} ({layout.sharding})" if layout.share_ranks > 1 else ""
+    parts = [degrees, f"layers {split}", shares, "zero 1" if layout.zero else ""]
+    return "; ".join(part for part in parts if part)
+
+
+def _recompute(recompute: RecomputeConfig) -> str:
+    layers = {"self layers": recompute.self_layers, "cross layers": recompute.cross_layers}
+    parts = [f"{name} {how}" for name, how in layers.items() if how != "none"]
+    if recompute.tower:
+        parts.append("tower")
+    if recompute.tower_frames is not None:
+        parts.append(f"tower by {recompute.tower_frames} frames")
+    return ", ".join(parts) or "nothing"

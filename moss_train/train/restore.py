@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
-import torch
-
 from moss_train.checkpoint.store import load_checkpoint
+from moss_train.engines.weights import NAMESPACE, load_whole_weights
 from moss_train.errors import CheckpointError
+from moss_train.model import build
+from moss_train.model.precision import Precision
 from moss_train.model.video_model import VideoModel
 from moss_train.parallel import groups
+from moss_train.parallel.config import LayoutConfig
 from moss_train.streams.tokenizer import StreamTokenizer, load_tokenizer
 from moss_train.train.compose import run_from_dict
 from moss_train.train.config import RunConfig
@@ -16,7 +18,8 @@ from moss_train.train.weights import Origin, find_checkpoint
 
 def load_model(path: str | Path) -> tuple[VideoModel, StreamTokenizer, RunConfig]:
     """The model of a checkpoint (or of a stage's newest, or of a run's last trained stage), in evaluation mode, its
-    tokenizer and the run that made it. Starts process groups when there are none.
+    tokenizer and the run that made it. The whole model is on this process, whatever layout it was trained in. Starts
+    process groups when there are none.
 
     Raises CheckpointError when there is no checkpoint, or it is damaged or made with another tokenizer.
     """
@@ -31,16 +34,19 @@ def load_model(path: str | Path) -> tuple[VideoModel, StreamTokenizer, RunConfig
             f"{checkpoint} was trained with tokenizer {provenance.get('tokenizer_fingerprint')}, but "
             f"tokenizer.path={run.tokenizer.path} is {tokenizer.fingerprint} by now: put the old one back"
         )
-    model = build_model(run)
-    Origin(checkpoint, hugging_face=False).load(model)
-    return model, tokenizer, run
+    state = groups.initialize(LayoutConfig(), run.seed)
+    model = build.whole_model(run.model, state, Precision.named(run.precision).dtype)
+    load_whole_weights(model, Origin(checkpoint, hugging_face=False).weights(model))
+    return model.to(state.device).eval(), tokenizer, run
 
 
 def build_model(run: RunConfig) -> VideoModel:
     """The run's model with the fresh weights of its seed, on this process's device, in evaluation mode."""
-    state = groups.initialize(run.layout, run.seed)
-    torch.manual_seed(run.seed)
-    model = VideoModel(run.model, state.tensor_group)
+    state = groups.initialize(LayoutConfig(), run.seed)
+    dtype = Precision.named(run.precision).dtype
+    model = build.whole_model(run.model, state, dtype)
+    fresh = build.fresh_weights(run.model, state.own_group, dtype, run.seed)
+    load_whole_weights(model, {f"{NAMESPACE}/{name}": weight for name, weight in fresh})
     return model.to(state.device).eval()
 
 

@@ -1,20 +1,24 @@
 """One stage: model, engine, data and weights put together, resumed where it stopped, trained, saved."""
 
+import gc
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from moss_train.checkpoint.provenance import collect_provenance
 from moss_train.checkpoint.random_state import capture_random_state, restore_random_state, seed_random_state
 from moss_train.checkpoint.retention import apply_retention
 from moss_train.checkpoint.store import Checkpoint, latest, load_checkpoint, save_checkpoint
+from moss_train.data.batch import FrameShare
 from moss_train.data.loader import Loader, build_loader
 from moss_train.engines import build_engine
 from moss_train.engines.protocol import Engine, EngineState
+from moss_train.model.build import build_model, whole_model
 from moss_train.model.groups import trainable_names
-from moss_train.model.video_model import VideoModel
+from moss_train.model.precision import Precision
 from moss_train.objectives.streaming_loss import StreamingLoss
 from moss_train.parallel import groups
 from moss_train.parallel.agreement import gather_lists
@@ -63,7 +67,8 @@ class _Stage:
             dist.barrier()
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint of this very stage, bit for bit."""
+        """Go on from a checkpoint of this very stage, bit for bit in the layout that wrote it. Every process reads the
+        whole tensors' files, of which it copies its parts."""
         self.engine.load_state_dict(
             EngineState(
                 {name: t for name, t in checkpoint.tensors.items() if not name.startswith("random/")},
@@ -94,20 +99,31 @@ def run_stage(
 
     Returns 0, or the signal that stopped it.
     """
+    gc.collect()  # the model of the stage before lies in reference cycles
     state = groups.state()
     newest = latest(plan.checkpoints)
-    seed_random_state(run.seed)
-    model = VideoModel(run.model, state.tensor_group)
-    if newest is None and origin is not None:
-        origin.load(model)
+    with torch.device("meta"):
+        whole = whole_model(run.model, state)
+    is_fresh = newest is None and origin is None
+    model = build_model(
+        run.model,
+        state,
+        Precision.named(run.precision).dtype,
+        run.engine.recompute,
+        seed=run.seed if is_fresh else None,
+    )
+    seed_random_state(run.seed)  # here, so that it does not matter whether and how weights were drawn
     engine = build_engine(run.engine)
     engine.setup(
         model,
-        trainable_names(model, plan.config.trainable),
+        trainable_names(whole, plan.config.trainable),
         plan.config.optim,
         StreamingLoss(plan.config.objective, tokenizer.special.silence),
         plan.steps,
     )
+    if newest is None and origin is not None:
+        # Through the engine, whose optimizer keeps the digits that 16-bit weights lose.
+        engine.load_weights(origin.weights(whole))
     with build_loader(
         plan.config.data,
         plan.config.compiler,
@@ -118,6 +134,9 @@ def run_stage(
         state.data_ranks,
         _ledger(plan) if state.is_main else None,
         gather_lists,
+        FrameShare(state.share_rank, state.share_ranks),
+        # The interleaved schedule runs as many microbatches at a time as there are stages.
+        run.layout.pp if run.layout.vpp > 1 else 1,
     ) as loader:
         began_from = origin.fingerprint if origin is not None else None
         stage = _Stage(run, plan, tokenizer, engine, loader, Progress(total=plan.steps), began_from)
@@ -129,7 +148,7 @@ def run_stage(
             stage.save()
             tracker.event("checkpoint", stage.progress.step)
 
-        evaluate = partial(evaluator.figures, model, plan.config.compiler) if evaluator is not None else None
+        evaluate = partial(evaluator.figures, engine, model, plan.config.compiler) if evaluator is not None else None
         signal = train(plan.config, engine, loader, tracker, stage.progress, save, evaluate, stop)
         counters = loader.counters()
         tracker.event("data", stage.progress.step, **counters)

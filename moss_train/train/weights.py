@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from moss_train.checkpoint.hugging_face import import_weights, read_safetensors
+from moss_train.checkpoint.hugging_face import canonical_weights, read_safetensors
 from moss_train.checkpoint.store import checkpoint_digest, checkpoint_shapes, latest, load_checkpoint, step_directories
 from moss_train.engines.fit import require_fit
 from moss_train.engines.weights import NAMESPACE, named_weights
 from moss_train.errors import CheckpointError
+from moss_train.model.video_model import VideoModel
 from moss_train.streams.tokenizer import StreamTokenizer
 from moss_train.train.compose import CONFIG_FILE, load_run
 
@@ -32,13 +33,14 @@ class Origin:
         listed = [[file.name, file.stat().st_size] for file in _safetensors(self.path)]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
-    def check(self, model: torch.nn.Module, tokenizer: StreamTokenizer) -> None:
-        """Raise CheckpointError unless the weights fit `model` (one on the meta device will do) and `tokenizer`.
+    def check(self, model: VideoModel, tokenizer: StreamTokenizer) -> None:
+        """Raise CheckpointError unless the weights fit `model`, a whole one (on the meta device will do), and
+        `tokenizer`.
 
         Names and shapes are compared; no tensor is read.
         """
         if self.hugging_face:
-            import_weights(model, _headers(self.path), str(self.path))
+            canonical_weights(model, _headers(self.path), str(self.path))
             return
         prefix, shapes = f"{NAMESPACE}/", checkpoint_shapes(self.path)
         shapes = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
@@ -50,22 +52,23 @@ class Origin:
                 f"{tokenizer.fingerprint}), so its embedding means other words: set the tokenizer it was trained with"
             )
 
-    @torch.no_grad()
-    def load(self, model: torch.nn.Module) -> None:
-        """Copy the weights into `model`; CheckpointError when they do not fit."""
-        if self.hugging_face:
-            weights: dict[str, torch.Tensor] = {}
-            for file in _safetensors(self.path):
-                weights |= read_safetensors(file)
-            import_weights(model, weights, str(self.path))
-            return
-        loaded = load_checkpoint(self.path, expect=expected_shapes(model), only=(NAMESPACE,)).tensors
-        for name, tensor in named_weights(model).items():
-            tensor.copy_(loaded[name])
+    def weights(self, model: VideoModel) -> dict[str, torch.Tensor]:
+        """Whole tensors named `model/<parameter>`, for `Engine.load_weights` and `load_whole_weights`.
+
+        `model` is a whole one; on the meta device will do. The tensors are backed by their files: what is not copied is
+        not read. CheckpointError when they do not fit `model`.
+        """
+        if not self.hugging_face:
+            return load_checkpoint(self.path, expect=expected_shapes(model), only=(NAMESPACE,)).tensors
+        found: dict[str, torch.Tensor] = {}
+        for file in _safetensors(self.path):
+            found |= read_safetensors(file)
+        named = canonical_weights(model, found, str(self.path))
+        return {f"{NAMESPACE}/{name}": tensor for name, tensor in named.items()}
 
 
-def expected_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    """Canonical name → shape of what a checkpoint must hold for `model`."""
+def expected_shapes(model: VideoModel) -> dict[str, tuple[int, ...]]:
+    """Canonical name → shape of what a checkpoint must hold for `model`, a whole one."""
     return {name: tuple(tensor.shape) for name, tensor in named_weights(model).items()}
 
 
