@@ -24,6 +24,11 @@ class EngineConfig:
     """Sum gradients over data-parallel processes bucket by bucket while the backward pass goes on."""
     overlap_param_gather: bool = False
     """Gather updated weights while the next forward pass goes on; needs layout.zero=1 and overlap_grad_reduce."""
+    loss_scale: float | None = None
+    """precision=fp16 alone: a constant by which the loss is multiplied before the backward pass; null adapts it."""
+    initial_loss_scale: float = 65536.0
+    """precision=fp16 alone: where the adapted scale starts. It is halved after two steps in a row that overflow (their
+    updates are skipped) and doubled after 1,000 that do not."""
 
     def validate(self) -> None:
         """Raise ConfigError for the first field that cannot be."""
@@ -31,6 +36,9 @@ class EngineConfig:
             raise ConfigError(f"engine.name={self.name!r}: legal values are {', '.join(ENGINES)}")
         if self.overlap_param_gather and not self.overlap_grad_reduce:
             raise ConfigError("engine.overlap_param_gather=true: needs engine.overlap_grad_reduce=true")
+        for name, value in (("loss_scale", self.loss_scale), ("initial_loss_scale", self.initial_loss_scale)):
+            if value is not None and not 1.0 <= value < math.inf:
+                raise ConfigError(f"engine.{name}={value}: must be a number of at least 1")
         try:
             self.recompute.validate()
         except ConfigError as error:

@@ -173,7 +173,7 @@ class MegatronEngine:
                 part = own_slice(parameter, whole, self._parallel.tensor_group)
                 optimizer_state.restore(moment, self._optimizer, parameter, part)
         optimizer_state.set_step_count(self._optimizer, self.step - self.skipped_steps)
-        if "loss_scale" in state.metadata and self._half:
+        if state.metadata.get("loss_scale") and self._half and self._config.loss_scale is None:
             scaler = self._optimizer.chained_optimizers[0].grad_scaler
             saved = dict(state.metadata["loss_scale"])
             saved["scale"] = torch.tensor([saved["scale"]], dtype=torch.float32, device=self._parallel.device)
@@ -266,6 +266,8 @@ class MegatronEngine:
             params_dtype=self._megatron.params_dtype,
             bf16=self._megatron.bf16,
             fp16=self._megatron.fp16,
+            loss_scale=self._config.loss_scale if self._megatron.fp16 else None,
+            initial_loss_scale=self._config.initial_loss_scale,
             use_distributed_optimizer=self._parallel.layout.zero == 1,
             overlap_param_gather=self._config.overlap_param_gather,
         )

@@ -24,7 +24,7 @@ class GatedProduct:
     computed again in the backward pass when that layer needs it (megatron-core's output-discarding recompute)."""
 
     def __init__(self, again: bool):
-        self._checkpoint = CheckpointWithoutOutput() if again and torch.is_grad_enabled() else None
+        self._checkpoint = CheckpointWithoutOutput(fp8=None) if again and torch.is_grad_enabled() else None
 
     def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         if self._checkpoint is None or not (gate.requires_grad or up.requires_grad):

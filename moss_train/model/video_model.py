@@ -47,7 +47,8 @@ def megatron_config(
         init_method=lambda weight: nn.init.normal_(weight, std=config.init_std),
         # Residual branches start smaller with depth (GPT-2), so deep fresh models train from the first step.
         output_layer_init_method=lambda weight: nn.init.normal_(weight, std=config.init_std / (2 * text.layers) ** 0.5),
-        use_cpu_initialization=not torch.cuda.is_available(),
+        # On the GPU megatron would draw weights that depend on the layout, and ignore `torch.device("meta")`.
+        use_cpu_initialization=True,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         **Precision.of(dtype, fp8).megatron_options(),

@@ -20,7 +20,7 @@ SILENCE = 3
 OBJECTIVE = ObjectiveConfig(weights={"idle_silence": 0.3}, focal_gamma=1.0)
 
 
-def tiny_model(seed: int = 0) -> VideoModel:
+def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> VideoModel:
     """Every part of the real model, in a few thousand parameters; gates are open."""
     torch.manual_seed(seed)
     config = ModelConfig(
@@ -48,7 +48,7 @@ def tiny_model(seed: int = 0) -> VideoModel:
         initial_gate=0.5,
         init_std=0.1,
     )
-    return VideoModel(config, groups.initialize().tensor_group)
+    return VideoModel(config, groups.initialize().tensor_group, dtype)
 
 
 def batch(seed: int, rows: int = 2, length: int = 10, frames: int = 3) -> Batch:
