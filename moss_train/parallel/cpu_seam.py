@@ -7,7 +7,6 @@ Transformer Engine nor Apex is installed. Plain function patches are used becaus
 inactive inside `.backward()`, where recomputation needs it. Every patch below is one that a training step hits.
 """
 
-import contextlib
 import functools
 import logging
 import os
@@ -121,15 +120,6 @@ def _patch_recompute() -> None:
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     logger = logging.getLogger(megatron_random.__name__)
     logger.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
-    if not megatron_random.HAVE_TE:
-        # `CheckpointWithoutOutput(fp8=False)` computes `fp8 = (False is not None)` and then needs Transformer Engine.
-        class NoFP8State:
-            is_fp8_enabled = staticmethod(lambda: False)
-            get_fp8_recipe = staticmethod(lambda: None)
-
-        megatron_random.FP8GlobalStateManager = NoFP8State
-        megatron_random.activation_recompute_forward = lambda **kwargs: contextlib.nullcontext()
-        megatron_random.fp8_autocast = lambda **kwargs: contextlib.nullcontext()
 
 
 def _patch_optimizer() -> None:

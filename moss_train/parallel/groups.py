@@ -71,11 +71,8 @@ def initialize(layout: LayoutConfig | None = None, seed: int = 0) -> ParallelSta
     if _state is not None:
         return _state
     layout = layout or LayoutConfig()
-    use_cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
-    if use_cuda:
-        torch.cuda.set_device(device)
-    backend = layout.backend or ("nccl" if use_cuda else "gloo")
+    backend = layout.backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    device = _own_device(backend)
     if layout.overlap_p2p and backend == "gloo":
         raise ConfigError(
             "layout.overlap_p2p=true: gloo overwrites what is still being sent, silently; set it to false"
@@ -96,7 +93,31 @@ def initialize(layout: LayoutConfig | None = None, seed: int = 0) -> ParallelSta
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     _state = _read_state(layout, device)
+    if backend == "nccl":
+        _connect(_state)
     return _state
+
+
+def _own_device(backend: str) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    number, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= devices and backend == "nccl":
+        raise ConfigError(
+            f"process {number} of this node has no GPU of its own, there are {devices}: start {devices} processes a "
+            f"node (torchrun --nproc-per-node {devices})"
+        )
+    device = torch.device("cuda", number % devices)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _connect(state: ParallelState) -> None:
+    """One small collective in every group. NCCL connects a group at its first operation, in which all members must then
+    take part; a send between two stages would otherwise wait for the others."""
+    groups = (state.tensor_group, state.pipeline_group, state.frame_group, state.data_group, state.model_group)
+    for group in groups:
+        dist.all_reduce(torch.zeros(1, device=state.device), group=group)
 
 
 def _read_state(layout: LayoutConfig, device: torch.device) -> ParallelState:
