@@ -1,6 +1,5 @@
 """A global batch as the loader deals it to one process: rows, microbatches, and the share of their frames."""
 
-import dataclasses
 from collections.abc import Sequence
 
 from moss_train.bench.equivalence.cases import Case, Problem
@@ -14,6 +13,12 @@ from moss_train.parallel.groups import ParallelState
 def single_rows(problem: Problem, step: int) -> list[Batch]:
     """Each stream of a global batch alone, as it stands before any packing."""
     return [collate([[pair]], IMAGE_SIZE) for pair in global_batch(problem.streams, problem.seed, step)]
+
+
+def packed_rows(problem: Problem, step: int) -> list[Batch]:
+    """The same streams in rows as full as can be, all in one microbatch."""
+    streams = global_batch(problem.streams, problem.seed, step)
+    return [collate([[streams[n] for n in row] for row in _rows(streams, pack=True)], IMAGE_SIZE)]
 
 
 def microbatches(case: Case, step: int, state: ParallelState) -> list[Batch]:
@@ -35,8 +40,3 @@ def _rows(streams: Sequence[RowStream], pack: bool) -> list[list[int]]:
         return [[number] for number in range(len(streams))]
     tokens, frames = [len(stream.ids) for stream, _ in streams], [len(stream.frames) for stream, _ in streams]
     return pack_rows(tokens, frames, MAX_TOKENS, MAX_FRAMES)
-
-
-def unshared(batch: Batch) -> Batch:
-    """A batch with all its frames, as one that was never shared."""
-    return dataclasses.replace(batch, frame_bounds=())

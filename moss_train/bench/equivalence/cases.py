@@ -3,17 +3,21 @@
 Every way to work on one problem must end with the same numbers, so a problem has one reference.
 """
 
+import contextlib
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from moss_train.bench.equivalence.streams import IMAGE_SIZE, tokenizer
+from moss_train.data.config import DataConfig, SourceConfig
 from moss_train.engines.config import EngineConfig, OptimConfig
 from moss_train.model.config import ModelConfig, RecomputeConfig, TextConfig, VisionConfig
 from moss_train.model.groups import PRESETS, REFERENCE_BUG
-from moss_train.model.layout_rules import check_layout
 from moss_train.objectives.config import ObjectiveConfig
 from moss_train.parallel.config import LayoutConfig
+from moss_train.train.config import RunConfig, StageConfig
 
 STEPS = 5  #: optimizer steps of a comparison
 PRECISIONS = ("fp32", "bf16")
@@ -69,7 +73,7 @@ class Problem:
         """A steady rate. AdamW's epsilon is far above the rounding noise of small gradients, which it would blow up."""
         steady: dict[str, Any] = {"clip": self.clip, "schedule": "constant", "warmup_steps": 0}
         if self.optimizer == "sgd":
-            return OptimConfig(name="sgd", lr=0.05, **steady)
+            return OptimConfig(name="sgd", lr=0.2, **steady)
         return OptimConfig(name="adamw", lr=1e-2, eps=1e-3, weight_decay=0.1, **steady)
 
     def objective(self) -> ObjectiveConfig:
@@ -101,11 +105,24 @@ class Case:
         return EngineConfig(recompute=self.recompute, overlap_grad_reduce=self.overlap_grad_reduce)
 
     def check(self) -> None:
-        """Raise ConfigError unless the product would train in this way."""
-        check_layout(self.problem.model(), self.layout, self.world_size)
-        self.engine().validate()
-        self.problem.optim().validate()
-        self.problem.objective().validate()
+        """Raise ConfigError unless `moss-train train` would start in this way on as many processes."""
+        problem = self.problem
+        stage = StageConfig(
+            trainable=problem.trainable,
+            data=DataConfig(sources={"streams": SourceConfig(path="")}),
+            objective=problem.objective(),
+            optim=problem.optim(),
+            steps=STEPS,
+        )
+        run = RunConfig(
+            model=problem.model(),
+            stages={"stage": stage},
+            layout=self.layout,
+            engine=self.engine(),
+            precision=self.precision,
+        )
+        with _started(self.world_size):
+            run.validate()
 
     def describe(self) -> dict[str, Any]:
         """What differs from the defaults, as JSON values."""
@@ -113,6 +130,20 @@ class Case:
 
     def __str__(self) -> str:
         return json.dumps(self.describe())
+
+
+@contextlib.contextmanager
+def _started(processes: int) -> Iterator[None]:
+    """As torchrun tells it to each of `processes`."""
+    before = os.environ.get("WORLD_SIZE")
+    os.environ["WORLD_SIZE"] = str(processes)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["WORLD_SIZE"]
+        else:
+            os.environ["WORLD_SIZE"] = before
 
 
 def _changes(value: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ one stale weight is orders of magnitude above them.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,10 @@ Tensors = Mapping[str, torch.Tensor]
 
 #: A tensor whose gradient is below this part of the whole gradient is held to this part of it.
 FLOOR = 1e-4
+#: The same in bfloat16, for gradients and for how far weights moved: what is small there is rounding alone.
+HALF_FLOOR = 1e-2
+#: A weight that hardly moved is not stored more exactly than this: two units in the last place of float32.
+ULPS = 2.0**-22
 
 
 @dataclass(frozen=True)
@@ -26,13 +30,15 @@ class Tolerance:
     loss: float  #: relative, every step
     grad_norm: float  #: relative, every step
     gradient: float  #: of each tensor, ‖Δg‖ / max(‖g‖, FLOOR · ‖g of all‖)
-    weight: float  #: of each tensor after one and after all steps, ‖Δw‖ / ‖w − w₀‖
+    weight: float  #: of each tensor after one and after all steps, ‖Δw‖ / max(‖w − w₀‖, ULPS · ‖w‖ / weight)
+    floor: float = FLOOR
+    moved_floor: float = 0.0  #: a weight is held to at least this part of how far all of them moved
 
 
 def tolerance(case: Case) -> Tolerance:
     """What `case` is held to."""
     if case.precision == "bf16":
-        return Tolerance(loss=2e-2, grad_norm=5e-2, gradient=2e-1, weight=2e-1)
+        return Tolerance(2e-2, 5e-2, 2e-1, 2e-1, floor=HALF_FLOOR, moved_floor=HALF_FLOOR)
     return Tolerance(loss=1e-5, grad_norm=5e-5, gradient=5e-5, weight=1e-4 if case.problem.optimizer == "sgd" else 1e-3)
 
 
@@ -44,6 +50,7 @@ class Comparison:
     grad_norm: float = 0.0
     gradient: float = 0.0
     weight: float = 0.0
+    share_of_tolerance: float = 0.0  #: largest deviation as a part of what is allowed
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -52,8 +59,8 @@ class Comparison:
 
     def judge(self, figure: str, deviation: float, allowed: float, what: str) -> None:
         """Note one deviation. A NaN is no agreement."""
-        worst = getattr(self, figure)
-        setattr(self, figure, deviation if math.isnan(deviation) else max(worst, deviation))
+        for name, value in ((figure, deviation), ("share_of_tolerance", deviation / allowed)):
+            setattr(self, name, value if math.isnan(value) else max(getattr(self, name), value))
         if not deviation <= allowed:
             self.failures.append(f"{what} deviates by {deviation:.3g}, more than {allowed:g}")
 
@@ -76,30 +83,41 @@ def compare(case: Case, found: Outcome, expected: Outcome) -> Comparison:
         for kind, value in theirs.per_kind.items():
             deviation = _relative(mine.per_kind.get(kind, math.nan), value)
             comparison.judge("loss", deviation, allowed.loss, f"loss of {kind} in step {number}")
-    for name, deviation in gradient_deviations(found.tensors["gradient"], expected.tensors["gradient"]).items():
+    gradients = gradient_deviations(found.tensors["gradient"], expected.tensors["gradient"], allowed.floor)
+    for name, deviation in gradients.items():
         comparison.judge("gradient", deviation, allowed.gradient, f"gradient of {name}")
     for moment, steps in (("first", "one step"), ("last", "all steps")):
-        deviations = weight_deviations(expected.tensors["start"], found.tensors[moment], expected.tensors[moment])
+        deviations = weight_deviations(
+            expected.tensors["start"], found.tensors[moment], expected.tensors[moment], allowed
+        )
         for name in expected.trained:
             comparison.judge("weight", deviations[name], allowed.weight, f"{name} after {steps}")
     return comparison
 
 
-def gradient_deviations(found: Tensors, expected: Tensors) -> dict[str, float]:
-    """‖Δg‖ / max(‖g‖, FLOOR · ‖g of all‖) of each tensor."""
-    whole = math.sqrt(sum(float(gradient.double().norm()) ** 2 for gradient in expected.values()))
+def gradient_deviations(found: Tensors, expected: Tensors, floor: float = FLOOR) -> dict[str, float]:
+    """‖Δg‖ / max(‖g‖, floor · ‖g of all‖) of each tensor."""
+    whole = _norm(expected.values())
     return {
-        name: _ratio(found[name] - expected[name], max(float(expected[name].double().norm()), FLOOR * whole))
-        for name in expected
+        name: _ratio(found[name] - gradient, max(_norm([gradient]), floor * whole))
+        for name, gradient in expected.items()
     }
 
 
-def weight_deviations(start: Tensors, found: Tensors, expected: Tensors) -> dict[str, float]:
-    """‖Δw‖ / ‖w − w₀‖ of each tensor."""
+def weight_deviations(start: Tensors, found: Tensors, expected: Tensors, allowed: Tolerance) -> dict[str, float]:
+    """‖Δw‖ / ‖w − w₀‖ of each tensor, with the floors of `Tolerance`."""
+    moved = {name: weight.double() - start[name].double() for name, weight in expected.items()}
+    least = allowed.moved_floor * _norm(moved.values())
     return {
-        name: _ratio(found[name] - expected[name], float((expected[name].double() - start[name].double()).norm()))
-        for name in expected
+        name: _ratio(
+            found[name] - weight, max(_norm([moved[name]]), least, ULPS / allowed.weight * _norm([weight.double()]))
+        )
+        for name, weight in expected.items()
     }
+
+
+def _norm(tensors: Iterable[torch.Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.double().norm()) ** 2 for tensor in tensors))
 
 
 def _compare_names(comparison: Comparison, found: Outcome, expected: Outcome) -> None:

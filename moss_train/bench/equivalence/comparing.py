@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 from moss_train.bench.equivalence.cases import Case, Problem
@@ -23,7 +24,7 @@ class Comparer:
         self.ranks = Ranks(ranks)
         self._alone = Ranks(1)
         self._folder = Path(tempfile.mkdtemp(prefix="moss_equivalence_"))
-        self._references: OrderedDict[Problem, Outcome] = OrderedDict()
+        self._references: OrderedDict[Problem, tuple[Problem, Outcome]] = OrderedDict()
 
     def __enter__(self) -> "Comparer":
         return self
@@ -39,27 +40,23 @@ class Comparer:
 
     def compare(self, case: Case, job: Job = train_case, deadline_s: float = DEADLINE_S) -> Comparison:
         """How `case`, trained by `job`, differs from its reference. JobError when it raises or does not end."""
-        found, expected = self.outcomes(case, job, deadline_s)
-        return compare(case, found, expected)
+        problem, expected = self.reference(case.problem)
+        case = replace(case, problem=problem)
+        return compare(case, self.train(case, job, deadline_s), expected)
 
-    def outcomes(self, case: Case, job: Job = train_case, deadline_s: float = DEADLINE_S) -> tuple[Outcome, Outcome]:
-        """What `case` and its reference leave behind; both run at the same time."""
-        reference = self._folder / "reference.safetensors"
-        missing = case.problem not in self._references
-        if missing:
-            self._alone.start(1, train_reference, case.problem, str(reference), deadline_s=deadline_s)
-        try:
-            found = self._trained(case, job, deadline_s)
-        finally:
-            if missing:
-                ((steps, trained),) = self._alone.finish()
-                self._references[case.problem] = Outcome(steps, trained, read_tensors(reference))
-                if len(self._references) > _REFERENCES_KEPT:
-                    self._references.popitem(last=False)
-        self._references.move_to_end(case.problem)
-        return found, self._references[case.problem]
+    def reference(self, problem: Problem) -> tuple[Problem, Outcome]:
+        """The reference, and the problem with the seed that the reference has found to be good."""
+        if problem not in self._references:
+            path = self._folder / "reference.safetensors"
+            ((settled, steps, trained),) = self._alone.run(1, train_reference, problem, str(path))
+            self._references[problem] = settled, Outcome(steps, trained, read_tensors(path))
+            if len(self._references) > _REFERENCES_KEPT:
+                self._references.popitem(last=False)
+        self._references.move_to_end(problem)
+        return self._references[problem]
 
-    def _trained(self, case: Case, job: Job, deadline_s: float) -> Outcome:
+    def train(self, case: Case, job: Job = train_case, deadline_s: float = DEADLINE_S) -> Outcome:
+        """What `case`, trained by `job`, leaves behind."""
         path = self._folder / "case.safetensors"
         path.unlink(missing_ok=True)
         results = self.ranks.run(case.world_size, job, case, str(path), deadline_s=deadline_s)

@@ -27,6 +27,7 @@ PRELOADED = ["moss_train.bench.equivalence.training", "moss_train.bench.equivale
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
 _STACK_LINES = 12  #: of a hanging rank's innermost calls
 _DUMP_S = 1.0  #: a hanging rank's time to write its stack
+_PATIENCE_S = 60.0
 
 
 class JobError(RuntimeError):
@@ -101,7 +102,8 @@ class Ranks:
             if number not in self._ranks:
                 self._ranks[number] = self._fork(number)
         for number in range(ranks):
-            order = _Order(function, arguments, number, ranks, store, deadline_s)
+            # The ranks wait longer for each other, so that it is the deadline that ends a hang.
+            order = _Order(function, arguments, number, ranks, store, deadline_s + _PATIENCE_S)
             self._ranks[number].connection.send(order)
 
     def finish(self) -> list[Any]:

@@ -2,6 +2,11 @@
 
 One forward pass for each stream of the global batch, the sum of their losses, a plain backward pass, torch's own
 clipping and torch's own optimizer.
+
+Some draws of weights and data are ill-conditioned: a gradient is a sum of large terms that nearly cancel, and what is
+left is rounding. They can tell nothing about a layout. So each problem is trained twice, the second time in packed rows
+with segmented attention, which rounds otherwise; where the two differ by a good part of the tolerance, the problem
+takes another seed. No layout has a say in it.
 """
 
 import dataclasses
@@ -9,10 +14,12 @@ from pathlib import Path
 
 import torch
 
-from moss_train.bench.equivalence.batches import single_rows
-from moss_train.bench.equivalence.cases import STEPS, Problem
+from moss_train.bench.equivalence.batches import packed_rows, single_rows
+from moss_train.bench.equivalence.cases import STEPS, Case, Problem
+from moss_train.bench.equivalence.compare import compare
 from moss_train.bench.equivalence.outcome import Figures, Outcome, starting_weights
 from moss_train.bench.equivalence.streams import tokenizer
+from moss_train.data.batch import Batch
 from moss_train.engines.config import OptimConfig
 from moss_train.model.build import build_model
 from moss_train.model.groups import trainable_names
@@ -22,18 +29,39 @@ from moss_train.objectives.streaming_loss import StreamingLoss
 from moss_train.parallel import groups
 from moss_train.parallel.config import LayoutConfig
 
+ROUNDING = 0.3  #: share of the tolerance that another order of sums may use up
+SEEDS = 8  #: tried at most; then the best of them is taken
 
-def train_reference(rank: int, ranks: int, problem: Problem, path: str) -> tuple[list[Figures], list[str]]:
-    """A job of one rank: figures of every step and the names of the trained parameters; tensors go to `path`."""
-    outcome = train(problem)
+
+def train_reference(rank: int, ranks: int, problem: Problem, path: str) -> tuple[Problem, list[Figures], list[str]]:
+    """A job of one rank: the problem with the seed that it was given in the end, figures of every step and the names of
+    the trained parameters; tensors go to `path`."""
+    problem, outcome = train_well_conditioned(problem)
     outcome.save_tensors(Path(path))
-    return outcome.steps, outcome.trained
+    return problem, outcome.steps, outcome.trained
 
 
-def train(problem: Problem) -> Outcome:
-    """Train `problem` in this process, which must be alone in its torch.distributed."""
+def train_well_conditioned(problem: Problem) -> tuple[Problem, Outcome]:
+    """The problem and its reference, with the first seed from its own on at which rounding is harmless."""
+    best: tuple[float, Problem, Outcome] | None = None
+    for number in range(SEEDS):
+        candidate = dataclasses.replace(problem, seed=problem.seed + number)
+        outcome = train(candidate)
+        rounding = compare(Case(problem=candidate), train(candidate, packed=True), outcome).share_of_tolerance
+        if best is None or rounding < best[0]:
+            best = rounding, candidate, outcome
+        if rounding <= ROUNDING:
+            break
+    return best[1], best[2]
+
+
+def train(problem: Problem, packed: bool = False) -> Outcome:
+    """Train `problem` in this process, which must be alone in its torch.distributed.
+
+    packed: not the reference, but the same in another order of sums.
+    """
     state = groups.initialize(LayoutConfig(), seed=problem.seed)
-    config = dataclasses.replace(problem.model(), attention="dense")
+    config = dataclasses.replace(problem.model(), attention="segments" if packed else "dense")
     model = build_model(config, state, seed=problem.seed)
     tensors = {"fresh": _weights(model)}
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -49,7 +77,8 @@ def train(problem: Problem) -> Outcome:
     objective = StreamingLoss(problem.objective(), tokenizer().special.silence)
     steps = []
     for step in range(STEPS):
-        steps.append(_step(problem, step, model, objective, optimizer))
+        batches = packed_rows(problem, step) if packed else single_rows(problem, step)
+        steps.append(_step(problem, batches, model, objective, optimizer))
         if step == 0:
             tensors["gradient"] = {
                 name: parameter.grad.clone() for name, parameter in model.named_parameters() if name in trained
@@ -59,12 +88,13 @@ def train(problem: Problem) -> Outcome:
     return Outcome(steps, sorted(trained), tensors)
 
 
-def _step(problem: Problem, step: int, model: VideoModel, objective: StreamingLoss, optimizer) -> Figures:
-    rows = single_rows(problem, step)
-    normaliser = sum(objective.normaliser(row) for row in rows)
+def _step(problem: Problem, batches: list[Batch], model: VideoModel, objective: StreamingLoss, optimizer) -> Figures:
+    normaliser = sum(objective.normaliser(batch) for batch in batches)
     optimizer.zero_grad()
-    outputs = [objective(model(row), row, normaliser) for row in rows]
-    sum(output.loss for output in outputs).backward()
+    outputs = [objective(model(batch), batch, normaliser) for batch in batches]
+    loss = sum(output.loss for output in outputs)
+    if loss.requires_grad:  # else nothing that is trained was used
+        loss.backward()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:
         if parameter.grad is None:  # its path was not taken: no frames in the batch

@@ -149,7 +149,7 @@ DIETS: dict[str, Diet] = {
     "text": Diet(((chat, chat, chat), (revised, chat, clip), (chat,))),
     "images": Diet(((picture, picture, picture), (picture,))),
     # Fewer frames than there are shares, fewer rows than data-parallel processes.
-    "sparse": Diet(((glimpse,), (glimpse, chat), (revised,), (untaught,), (picture, chat, glimpse))),
+    "sparse": Diet(((glimpse, chat, glimpse), (glimpse,), (revised,), (untaught,), (picture, chat))),
     "any": Diet(),
     "any_windowed": Diet((), _WINDOWED),
 }

@@ -10,15 +10,14 @@ from moss_train.bench.equivalence.cases import STEPS, Case
 from moss_train.bench.equivalence.outcome import Figures, Outcome, starting_weights
 from moss_train.bench.equivalence.streams import tokenizer
 from moss_train.engines import build_engine
-from moss_train.model.build import build_model
+from moss_train.model.build import build_model, whole_model
 from moss_train.model.groups import trainable_names
+from moss_train.model.precision import Precision
 from moss_train.objectives.streaming_loss import StreamingLoss
 from moss_train.parallel import groups
 
 #: (rank, ranks, case, where the main rank writes the tensors) → figures of every step, names of the trained parameters
 Job = Callable[[int, int, Case, str], tuple[list[Figures], list[str]]]
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def train_case(rank: int, ranks: int, case: Case, path: str) -> tuple[list[Figures], list[str]]:
@@ -26,8 +25,11 @@ def train_case(rank: int, ranks: int, case: Case, path: str) -> tuple[list[Figur
     tensors to `path`."""
     state = groups.initialize(case.layout, seed=case.problem.seed)
     problem = case.problem
-    model = build_model(problem.model(), state, _DTYPES[case.precision], case.recompute, seed=problem.seed)
-    trained = trainable_names(model, problem.trainable)
+    model = build_model(
+        problem.model(), state, Precision.named(case.precision).dtype, case.recompute, seed=problem.seed
+    )
+    with torch.device("meta"):
+        trained = trainable_names(whole_model(problem.model(), state), problem.trainable)
     objective = StreamingLoss(problem.objective(), tokenizer().special.silence)
     engine = build_engine(case.engine())
     engine.setup(model, trained, problem.optim(), objective, STEPS)
