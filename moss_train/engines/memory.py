@@ -47,6 +47,7 @@ def measure_step(step: Callable[[], Result], device: torch.device | str = "cpu")
     not every one.
     """
     tracker: Tracker = CudaMemory(device) if torch.device(device).type == "cuda" else LiveTensors()
+    gc.collect()  # garbage that happens to be freed during the step would be subtracted from what it takes
     with ResidentSet() as resident, tracker, ActivationMemory(tracker) as activations:
         before = tracker.current
         result = step()
