@@ -4,6 +4,7 @@ import gc
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,13 +38,12 @@ from moss_train.train.weights import Origin
 class _Stage:
     """What one stage's training holds in its hands."""
 
-    run: RunConfig
     plan: StagePlan
-    tokenizer: StreamTokenizer
     engine: Engine
     loader: Loader
     progress: Progress
     origin: str | None  #: fingerprint of the weights it started from
+    provenance: dict[str, Any]  #: of what runs; collected once, since files may change under a run
 
     def save(self) -> None:
         """Write a checkpoint of the last step taken; every rank must call it."""
@@ -60,7 +60,7 @@ class _Stage:
                     "loader": self.loader.state_dict(),
                     "engine": state.metadata,
                 },
-                collect_provenance(resolved_dict(self.run), self.tokenizer.fingerprint),
+                self.provenance,
             )
             apply_retention(self.plan.checkpoints, self.plan.config.keep)
         if dist.get_world_size() > 1:
@@ -105,12 +105,14 @@ def run_stage(
     with torch.device("meta"):
         whole = whole_model(run.model, state)
     is_fresh = newest is None and origin is None
+    precision = Precision.named(run.precision)
     model = build_model(
         run.model,
         state,
-        Precision.named(run.precision).dtype,
+        precision.dtype,
         run.engine.recompute,
         seed=run.seed if is_fresh else None,
+        fp8=precision.fp8,
     )
     seed_random_state(run.seed)  # here, so that it does not matter whether and how weights were drawn
     engine = build_engine(run.engine)
@@ -139,7 +141,8 @@ def run_stage(
         run.layout.pp if run.layout.vpp > 1 else 1,
     ) as loader:
         began_from = origin.fingerprint if origin is not None else None
-        stage = _Stage(run, plan, tokenizer, engine, loader, Progress(total=plan.steps), began_from)
+        provenance = collect_provenance(resolved_dict(run), tokenizer.fingerprint)
+        stage = _Stage(plan, engine, loader, Progress(total=plan.steps), began_from, provenance)
         if newest is not None:
             stage.restore(load_checkpoint(newest))
         tracker.start_stage(plan.name, plan.steps, stage.progress.step)

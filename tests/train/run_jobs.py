@@ -1,0 +1,68 @@
+"""Whole runs as jobs of forked ranks (`bench.equivalence.ranks`)."""
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+
+from moss_train.checkpoint.hugging_face import export_tensors
+from moss_train.checkpoint.store import latest, load_checkpoint
+from moss_train.engines.megatron import MegatronEngine
+from moss_train.model.build import whole_model
+from moss_train.parallel import groups
+from moss_train.report.metrics_file import FILE_NAME, read_metrics
+from moss_train.train.compose import compose_run, run_from_dict
+from moss_train.train.pipeline import run_pipeline
+
+
+def train(rank: int, ranks: int, overrides: list[str], stop_at: int | None = None) -> int:
+    """A job: a run as torchrun would start it, and what `run_pipeline` returned. The last rank gets SIGTERM in its
+    `stop_at`-th step."""
+    os.environ |= {"WORLD_SIZE": str(ranks)}
+    step, taken = MegatronEngine.train_step, 0
+
+    def stopping(engine, microbatches):
+        nonlocal taken
+        taken += 1
+        if taken == stop_at and rank == ranks - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(engine, microbatches)
+
+    MegatronEngine.train_step = stopping
+    try:
+        return run_pipeline(compose_run(overrides))
+    finally:
+        MegatronEngine.train_step = step
+
+
+def save_as_hugging_face(rank: int, ranks: int, checkpoint: Path, folder: Path) -> None:
+    """A job of one rank: the weights of a checkpoint under the reference's names."""
+    from safetensors.torch import save_file
+
+    loaded = load_checkpoint(checkpoint, only=("model",))
+    with torch.device("meta"):
+        model = whole_model(run_from_dict(loaded.provenance["config"]).model, groups.initialize())
+    weights = {name.removeprefix("model/"): tensor for name, tensor in loaded.tensors.items()}
+    exported = {name: tensor.contiguous() for name, tensor in export_tensors(model, weights).items()}
+    names = sorted(exported)
+    folder.mkdir(parents=True)
+    for number, part in enumerate((names[::2], names[1::2])):  # as published weights are, in several files
+        save_file({name: exported[name] for name in part}, folder / f"model-{number}.safetensors")
+
+
+def newest(output: Path, stage: str = "realtime"):
+    """The stage's newest checkpoint, read."""
+    return load_checkpoint(latest(output / stage / "checkpoints"))
+
+
+def rows(output: Path) -> dict[tuple[str, int], dict[str, float]]:
+    """(stage, step) → metrics; of a step that was taken twice the later ones."""
+    return {(row.stage, row.step): row.metrics for row in read_metrics(output / FILE_NAME)}
+
+
+def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Between two checkpoints' weights, relative to each tensor's largest entry."""
+    assert ours.keys() == theirs.keys()
+    weights = [(ours[name], theirs[name]) for name in ours if name.startswith("model/") and ours[name].numel()]
+    return max(float((own - other).abs().max() / other.abs().max().clamp(min=1e-3)) for own, other in weights)
