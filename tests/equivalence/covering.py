@@ -1,7 +1,14 @@
-"""A small set of cases in which every legal pair of values occurs."""
+"""A small set of cases in which every legal pair of values occurs.
+
+The set stands in `covering_set.json`, a row of values for each case. After a change of the axes below, write it anew:
+
+    python tests/equivalence/covering.py
+"""
 
 import itertools
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +21,7 @@ from moss_train.model.groups import PRESETS
 from moss_train.objectives.config import NORMALISERS
 from moss_train.parallel.config import LayoutConfig
 
+FILE = Path(__file__).with_name("covering_set.json")
 RANKS = 8  #: the largest layout
 SEED = 1  #: of the choice among equally good cases
 
@@ -123,19 +131,23 @@ def _legal_layouts() -> tuple[Row, ...]:
     return tuple(row for row in rows if any(case_of(plain | row | {"optimizer": name}) for name in OPTIMIZERS))
 
 
-@cache
-def covering_set() -> tuple[Case, ...]:
-    """Cases chosen greedily: each covers as many pairs as can be found that no earlier one has."""
+def covering_set() -> list[Row]:
+    """The rows as they were chosen."""
+    return json.loads(FILE.read_text(encoding="utf-8"))
+
+
+def choose() -> list[Row]:
+    """Rows chosen greedily: each covers as many pairs as can be found that no earlier one has."""
     rng = np.random.default_rng(SEED)
-    open_pairs, cases = set(legal_pairs()), []
+    open_pairs, rows = set(legal_pairs()), []
     while open_pairs:
-        row, case = _best(open_pairs, rng)
+        row = _best(open_pairs, rng)
         open_pairs -= pairs_of(row)
-        cases.append(case)
-    return tuple(cases)
+        rows.append(row)
+    return rows
 
 
-def _best(open_pairs: set[Pair], rng: np.random.Generator) -> tuple[Row, Case]:
+def _best(open_pairs: set[Pair], rng: np.random.Generator) -> Row:
     """Of some candidates built around one open pair, the one that covers most, then the one on fewest processes."""
     layouts, best = _legal_layouts(), None
     a, left, b, right = sorted(open_pairs, key=str)[int(rng.integers(len(open_pairs)))]
@@ -152,8 +164,8 @@ def _best(open_pairs: set[Pair], rng: np.random.Generator) -> tuple[Row, Case]:
         candidates += 1
         score = (len(pairs_of(row) & open_pairs), -case.world_size)
         if best is None or score > best[0]:
-            best = (score, row, case)
-    return best[1], best[2]
+            best = (score, row)
+    return best[1]
 
 
 def _improved(row: Row, open_pairs: set[Pair], rng: np.random.Generator, keep: set[str]) -> Row:
@@ -162,3 +174,7 @@ def _improved(row: Row, open_pairs: set[Pair], rng: np.random.Generator, keep: s
         choices = [row | {name: value} for value in OTHER_AXES[name]]
         row = max(choices, key=lambda choice: len(pairs_of(choice) & open_pairs))
     return row
+
+
+if __name__ == "__main__":
+    FILE.write_text("[\n" + ",\n".join(json.dumps(row) for row in choose()) + "\n]\n", encoding="utf-8")

@@ -73,7 +73,8 @@ class Problem:
         """A steady rate. AdamW's epsilon is far above the rounding noise of small gradients, which it would blow up."""
         steady: dict[str, Any] = {"clip": self.clip, "schedule": "constant", "warmup_steps": 0}
         if self.optimizer == "sgd":
-            return OptimConfig(name="sgd", lr=0.2, **steady)
+            # In bfloat16 what one step rounds must not grow over the next ones.
+            return OptimConfig(name="sgd", lr=0.02 if self.rounded else 0.2, **steady)
         return OptimConfig(name="adamw", lr=1e-2, eps=1e-3, weight_decay=0.1, **steady)
 
     def objective(self) -> ObjectiveConfig:

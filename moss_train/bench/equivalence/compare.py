@@ -38,7 +38,9 @@ class Tolerance:
 def tolerance(case: Case) -> Tolerance:
     """What `case` is held to."""
     if case.precision == "bf16":
-        return Tolerance(2e-2, 5e-2, 2e-1, 2e-1, floor=HALF_FLOOR, moved_floor=HALF_FLOOR)
+        # Rounding to eight bits in one process alone, against the same weights in float32, gave up to 0.017, 0.05, 0.16
+        # and 0.24 in 36 trainings. A gradient that is lost, doubled or not summed over two processes gives 0.5 or more.
+        return Tolerance(3e-2, 8e-2, 3e-1, 4e-1, floor=HALF_FLOOR, moved_floor=HALF_FLOOR)
     return Tolerance(loss=1e-5, grad_norm=5e-5, gradient=5e-5, weight=1e-4 if case.problem.optimizer == "sgd" else 1e-3)
 
 
