@@ -1,8 +1,10 @@
 """Recipes and overrides: what they amount to, and what is refused before anything starts."""
 
 import pytest
+import yaml
 
 from moss_train.errors import ConfigError
+from moss_train.locations import shipped_directory
 from moss_train.train.compose import available, compose_run, resolved_dict, run_from_dict
 
 
@@ -15,6 +17,21 @@ def test_every_recipe_composes_and_survives_saving(recipe):
 @pytest.mark.parametrize("model", available("model"))
 def test_every_model_composes(model):
     assert compose_run(["recipe=realtime", f"model={model}"]).model.name == model
+
+
+@pytest.mark.parametrize("layout", available("layout"))
+def test_every_layout_composes(layout, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    said = yaml.safe_load((shipped_directory("recipes") / "layout" / f"{layout}.yaml").read_text())
+    for model in ("moss_video_11b", "llama_3_2_vision_90b"):
+        run = compose_run(["recipe=pipeline", f"layout={layout}", f"model={model}"])
+        assert {name: getattr(run.layout, name) for name in said} == said
+
+
+def test_published_recipes_train_in_bfloat16_and_those_for_any_machine_in_float32():
+    precision = {recipe: compose_run([f"recipe={recipe}"]).precision for recipe in available("recipe")}
+    published = {"align", "temporal", "sft", "realtime", "pipeline"}
+    assert precision == {recipe: "bf16" if recipe in published else "fp32" for recipe in precision}
 
 
 def test_published_hyperparameters():
