@@ -1,6 +1,5 @@
 """The training loop of one stage, top to bottom: data, step, figures, evaluation, checkpoint, stop."""
 
-import gc
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -62,7 +61,6 @@ def train(
         if measured:
             output = train_step()
         else:
-            gc.collect()  # else what is freed during the step, but was garbage before, is subtracted from it
             output, memory = measure_step(train_step, device)
             record_memory(tracker, memory)
             measured = True

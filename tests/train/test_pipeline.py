@@ -15,7 +15,7 @@ from moss_train.engines.megatron import MegatronEngine
 from moss_train.errors import CheckpointError, ConfigError, DataError
 from moss_train.streams.config import TokenizerConfig
 from moss_train.streams.tokenizer import StreamTokenizer, load_tokenizer
-from moss_train.train.compose import compose_run, load_run
+from moss_train.train.compose import compose_run, load_run, resolved_dict
 from moss_train.train.pipeline import run_pipeline
 from moss_train.train.pipeline_report import ReportOptions, report_command
 from moss_train.train.restore import load_model, stage_of
@@ -100,6 +100,28 @@ def test_a_dry_run_writes_nothing(small, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     shown = capsys.readouterr().out
     assert "align: 3 steps × 4 streams" in shown and "realtime: 6 steps" in shown
+    assert "layout: tp 1, cp 1, dp 1, pp 1; layers 2\n" in shown and "fp32; recompute: nothing" in shown
+
+
+def test_a_stage_says_what_its_first_step_took(small, tmp_path, capsys):
+    assert train(small, tmp_path, "tracking.console=true", "~stages.realtime", "stages.align.steps=2") == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "MB of activations" in line]
+    assert len(told) == 1 and told[0].startswith("align    memory")
+
+
+def test_a_checkpoint_from_before_a_setting_existed_is_gone_on_from(small, tmp_path, monkeypatch):
+    def without_precision(run):
+        resolved = resolved_dict(run)
+        del resolved["precision"]
+        return resolved
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moss_train.train.stage.resolved_dict", without_precision)
+        assert train(small, tmp_path, "~stages.realtime") == 0
+    assert "precision" not in final(tmp_path, "align").provenance["config"]
+    assert train(small, tmp_path, "~stages.realtime") == 0
+    with pytest.raises(CheckpointError, match="precision was 'fp32'"):
+        train(small, tmp_path, "~stages.realtime", "precision=fp16")
 
 
 def test_a_trained_model_comes_back(whole):
@@ -115,6 +137,7 @@ def test_a_trained_model_comes_back(whole):
         (["stages.realtime.optim.lr=1e-5"], CheckpointError, "stages.realtime.optim.lr was 0.002"),
         (["stages.realtime.steps=9"], CheckpointError, "steps were 6, are 9"),
         (["model.text.mlp_size=48"], CheckpointError, "mlp_size was 32, is 48"),
+        (["precision=bf16"], CheckpointError, "precision was 'fp32', is 'bf16'"),
         (["resume=never"], ConfigError, "resume=never"),
     ],
 )
