@@ -419,14 +419,15 @@ class _Step:
         batch, plan = self._batches[number], self._plans[number]
         if number not in self._inputs:
             held = None if plan.frames == batch.frames else (plan.first, plan.end)
-            self._inputs[number] = self._model.layer_inputs(batch, None, held)
+            self._inputs[number] = self._model.layer_inputs(batch, held)
         inputs = self._inputs[number]
-        if chunk.module.is_first:
-            inputs = inputs.with_features(self._frames.of(number, batch, plan))
+        features_NPH = self._frames.of(number, batch, plan) if chunk.module.is_first else None
         if chunk.module.virtual == len(self._model.part.chunks) - 1:
             del self._inputs[number]
         features_shape = (plan.frames, self._model.sizes.tokens_per_frame) if batch.frames else None
-        return chunk(batch.ids_RT.T, inputs, self._hidden_shape(batch), features_shape, self.message_length)
+        return chunk(
+            batch.ids_RT.T, inputs, features_NPH, self._hidden_shape(batch), features_shape, self.message_length
+        )
 
     def _hidden_shape(self, batch: Batch) -> tuple[int, int]:
         rows, tokens = batch.ids_RT.shape

@@ -63,17 +63,18 @@ class DecoderChunk(nn.Module):
         self,
         ids_TR: torch.Tensor,
         inputs: LayerInputs,
+        features_NPH: torch.Tensor | None,
         hidden_shape: tuple[int, int],
         features_shape: tuple[int, int] | None,
         message_length: int,
     ) -> torch.Tensor:
         """Logits [T, R, V] from the last chunk, else the message [S, 1, H] for the next one.
 
-        `inputs.features_NPH` is read by the first chunk alone; later ones take the features from the message. The
+        `features_NPH` is read by the first chunk alone; later ones take the features from the message. The
         shapes are those of the hidden state [T, R] and of the features [N, P] that travel with it, None without.
         """
         if self.is_first:
-            x_TRH, features_NPH = self.embedding(ids_TR), inputs.features_NPH
+            x_TRH = self.embedding(ids_TR)
         else:
             x_TRH, features_NPH = unpack_message(self._received, hidden_shape, features_shape)
         inputs = inputs.with_features(features_NPH)

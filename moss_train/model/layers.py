@@ -28,12 +28,18 @@ class LayerInputs:
     backend: AttentionBackend
     text_rotation: Rotation  #: cos, sin [T, R, 1, D]
     frame_rotation: Rotation | None  #: cos, sin [N, 1, 1, D]; None when cross-attention is not rotated
-    features_NPH: torch.Tensor | None  #: projected frames held here; None when the batch has none or all are cached
+    features_NPH: torch.Tensor | None  #: projected frames; None when the batch has none or all are cached
     sees_frames_TR1: torch.Tensor | None  #: bool, of the tokens between matrices; None when the batch has no frames
+    #: place of each encoded frame among those that layers read, and how many places there are; None: as encoded
+    frame_places: tuple[torch.Tensor, int] | None = None
 
-    def with_features(self, features_NPH: torch.Tensor | None) -> "LayerInputs":
-        """The same with other features."""
-        return replace(self, features_NPH=features_NPH)
+    def with_features(self, encoded_NPH: torch.Tensor | None) -> "LayerInputs":
+        """The same with these features, put in their places."""
+        if encoded_NPH is None or self.frame_places is None:
+            return replace(self, features_NPH=encoded_NPH)
+        places, count = self.frame_places
+        laid_out = encoded_NPH.new_zeros(count, *encoded_NPH.shape[1:])
+        return replace(self, features_NPH=laid_out.index_copy(0, places, encoded_NPH))
 
 
 class Attention(nn.Module):

@@ -198,22 +198,29 @@ class VideoModel(nn.Module):
         """Logits [T, R, V] of one microbatch whose frames are all here (this rank's columns of V when matrices are
         split). Only for a whole model; the engine drives a part."""
         features_NPH = self.encode_frames(batch.frames_NCHW) if batch.frames else None
-        return self.decode(batch.ids_RT.T, self.layer_inputs(batch, features_NPH))
+        return self.decode(batch.ids_RT.T, self.layer_inputs(batch).with_features(features_NPH))
 
-    def layer_inputs(
-        self, batch: Batch, features_NPH: torch.Tensor | None, held: tuple[int, int] | None = None
-    ) -> LayerInputs:
-        """What the layers share. `held`: which flat frames `features_NPH` are, when they are not all of the batch's."""
+    def layer_inputs(self, batch: Batch, held: tuple[int, int] | None = None) -> LayerInputs:
+        """What the layers share, without the features, which `LayerInputs.with_features` adds.
+
+        `held`: which flat frames this process holds, when it does not hold all of the batch's.
+        """
         device = batch.ids_RT.device
         row, slot = batch.frame_rows_N, batch.frame_slots_N
+        rows, slots = batch.frame_positions_RF.shape
+        places = None
         if held is not None:
-            row, slot = row[slice(*held)], slot[slice(*held)]
+            positions = batch.frame_positions_RF[row[slice(*held)], slot[slice(*held)]]
+        else:
+            positions = batch.frame_positions_RF.flatten()
+            places = (row * slots + slot, rows * slots)
         return LayerInputs(
             backend=self._backend(batch, device, held),
             text_rotation=self.text_rotation(batch.positions_RT.T),
-            frame_rotation=self.frame_rotation(batch.frame_positions_RF[row, slot]),
-            features_NPH=features_NPH,
+            frame_rotation=self.frame_rotation(positions),
+            features_NPH=None,
             sees_frames_TR1=self._own_tokens(visibility.sees_frames(batch)) if batch.frames else None,
+            frame_places=places,
         )
 
     def decode(self, ids_TR: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:

@@ -4,10 +4,10 @@ Neighbouring tokens of a row that see the same frames form a *run*. Runs that se
 into one unmasked attention call, so the score matrix holds only what is visible. The same is done for
 self-attention with the streams of packed rows. A plan is made once per batch on the CPU and shared by all layers.
 
-Frames are numbered flat, in the order of the batch, so padding frames do not exist; with frame-parallel attention each
-process plans over the frames it holds alone.
+Where all frames of the batch are held, they lie in a rectangle of rows, frame f of row r at r · F + f. With
+frame-parallel attention each process plans over the frames it holds alone, in the order of the batch, without padding.
 
-Shape suffixes: R rows, T tokens of a row, F frames of a row, N frames of the batch, G runs in a group, L tokens of the
+Shape suffixes: R rows, T tokens of a row, F frames of the longest row, G runs in a group, L tokens of the
 longest run of the group, K frames each run of the group sees.
 """
 
@@ -24,7 +24,7 @@ class Group:
     """Runs that are attended in one call. Padding queries repeat token 0; their results are never read."""
 
     queries_GL: torch.Tensor  #: int64, flat token index t * R + r
-    keys_GK: torch.Tensor | None  #: int64, numbers of frames among those held; None for self-attention
+    keys_GK: torch.Tensor | None  #: int64, places of frames among those held; None for self-attention
     first_frame: int | None  #: where the frames lie when G == 1 and they are adjacent: no copy is needed
 
 
@@ -131,28 +131,31 @@ def plan_cross_attention(
     sink_hi = np.minimum(sink_hi, lo)  # sinks inside the window are in the window already
     member = (hi > lo) | (sink_hi > sink_lo)
     row, first, length = _runs(_changes(lo, hi, sink_lo, sink_hi), member)
-    first_held, end_held = held if held is not None else (0, batch.frames)
-    number_RF = frame_numbers(batch)
+    place_RF = _frame_places(batch, held)
     kept, frames = [], []
     for run, (r, t) in enumerate(zip(row, first, strict=True)):
         window = np.arange(lo[r, t], hi[r, t])
         if sink_hi[r, t] > sink_lo[r, t]:
             window = np.concatenate([np.arange(sink_lo[r, t], sink_hi[r, t]), window])
-        numbers = number_RF[r, window]
-        if held is not None:
-            numbers = numbers[(numbers >= first_held) & (numbers < end_held)]
-        if len(numbers):
+        places = place_RF[r, window]
+        places = places[places >= 0]
+        if len(places):
             kept.append(run)
-            frames.append(numbers - first_held)
+            frames.append(places)
     rows, tokens = lo.shape
     return _build(rows, tokens, row[kept], first[kept], length[kept], frames, device)
 
 
-def frame_numbers(batch: Batch) -> np.ndarray:
-    """int64 [R, F]: the flat number of frame f of row r; -1 where a row has fewer frames."""
-    numbers = np.full(tuple(batch.frame_positions_RF.shape), -1, dtype=np.int64)
-    numbers[batch.frame_rows_N.cpu().numpy(), batch.frame_slots_N.cpu().numpy()] = np.arange(batch.frames)
-    return numbers
+def _frame_places(batch: Batch, held: tuple[int, int] | None) -> np.ndarray:
+    """int64 [R, F]: where frame f of row r lies among those held; -1 where it is not."""
+    rows, slots = batch.frame_positions_RF.shape
+    if held is None:
+        return np.arange(rows * slots).reshape(rows, slots)
+    first, end = held
+    places = np.full((rows, slots), -1, dtype=np.int64)
+    row, slot = (x[first:end].cpu().numpy() for x in (batch.frame_rows_N, batch.frame_slots_N))
+    places[row, slot] = np.arange(end - first)
+    return places
 
 
 def sees_frames(batch: Batch) -> torch.Tensor:
@@ -162,11 +165,12 @@ def sees_frames(batch: Batch) -> torch.Tensor:
 
 
 def dense_cross_mask(batch: Batch, reference_compat: bool, device: torch.device) -> torch.Tensor:
-    """The visibility as a mask, bool [R, T, N], True = visible. For the dense backend, hence for tests."""
+    """The visibility as a mask, bool [R, T, R · F], True = visible. For the dense backend, hence for tests."""
     lo, hi, sink_lo, sink_hi = (torch.from_numpy(x)[..., None] for x in visible_ranges(batch, reference_compat))
-    row_N, slot_N = batch.frame_rows_N.cpu(), batch.frame_slots_N.cpu()
-    visible = ((slot_N >= lo) & (slot_N < hi)) | ((slot_N >= sink_lo) & (slot_N < sink_hi))
-    return (visible & (row_N == torch.arange(batch.rows)[:, None, None])).to(device)
+    rows, slots = batch.frame_positions_RF.shape
+    slot, row = torch.arange(slots).repeat(rows), torch.arange(rows).repeat_interleave(slots)
+    visible = ((slot >= lo) & (slot < hi)) | ((slot >= sink_lo) & (slot < sink_hi))
+    return (visible & (row == torch.arange(rows)[:, None, None])).to(device)
 
 
 def dense_self_mask(batch: Batch, device: torch.device) -> torch.Tensor:
