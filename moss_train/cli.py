@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("moss_train.train.evaluate_command:evaluate", "free-running figures of a checkpoint on packed streams"),
     "report": ("moss_train.train.pipeline_report:report", "a finished run against itself untrained, as a page"),
     "stream": ("moss_train.train.stream_command:stream", "play a clip and print what the model says"),
+    "bench layouts": ("moss_train.bench.layouts:layouts", "random layouts against one process: does a number change?"),
     "bench parallel": ("moss_train.bench.parallel:parallel", "time, bytes sent and memory of parallel layouts"),
     "doctor": ("moss_train.doctor:doctor", "versions, devices and what is missing"),
 }

@@ -47,8 +47,8 @@ def test_results_come_by_rank_and_processes_stay(ranks):
 def test_a_failure_names_the_rank_and_ends_the_others(ranks):
     began = time.monotonic()
     with pytest.raises(JobError, match=r"(?s)failed on rank 2\n.*ValueError: rank 2 cannot"):
-        ranks.run(3, fail_on_the_last)
-    assert time.monotonic() - began < 20
+        ranks.run(3, fail_on_the_last, deadline_s=600.0)
+    assert time.monotonic() - began < 300.0  # it did not wait for the others
     assert ranks.run(3, sum_of_ranks, 1) == [(3.0, 3)] * 3
 
 

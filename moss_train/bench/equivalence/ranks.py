@@ -27,7 +27,8 @@ PRELOADED = ["moss_train.bench.equivalence.training", "moss_train.bench.equivale
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
 _STACK_LINES = 12  #: of a hanging rank's innermost calls
 _DUMP_S = 1.0  #: a hanging rank's time to write its stack
-_PATIENCE_S = 60.0
+_PATIENCE_S = 60.0  #: beyond the deadline
+_START_S = 600.0  #: for the first imports, on a machine that is busy with other things
 
 
 class JobError(RuntimeError):
@@ -93,14 +94,21 @@ class Ranks:
         """Begin a job; `finish` gives its results."""
         if not 1 <= ranks <= self.size:
             raise ValueError(f"ranks={ranks}: these are {self.size} processes")
+        self._running = ranks
+        new = [n for n in range(ranks) if n not in self._ranks or not self._ranks[n].process.is_alive()]
+        for number in new:
+            if number in self._ranks:
+                self._end(number)
+            self._ranks[number] = self._fork(number)
+        for number in new:
+            if not self._ranks[number].connection.poll(_START_S):
+                self._end_all()
+                raise JobError(f"rank {number} did not start within {_START_S:g} s")
+            self._ranks[number].connection.recv()
         self._jobs += 1
         self._deadline_s = deadline_s
         self._ends = time.monotonic() + deadline_s
-        self._running = ranks
         store = str(self._folder / f"store{self._jobs}")
-        for number in range(ranks):
-            if number not in self._ranks:
-                self._ranks[number] = self._fork(number)
         for number in range(ranks):
             # The ranks wait longer for each other, so that it is the deadline that ends a hang.
             order = _Order(function, arguments, number, ranks, store, deadline_s + _PATIENCE_S)
@@ -117,30 +125,30 @@ class Ranks:
             failures = {}
             for connection in ready:
                 number = waiting.pop(connection)
-                try:
-                    succeeded, value = connection.recv()
-                except (EOFError, ConnectionResetError):
-                    succeeded, value = False, "the process ended"
+                succeeded, value = _receive(connection)
                 if succeeded:
                     results[number] = value
                 else:
                     failures[number] = value
             if failures:
-                self._fail(failures, list(waiting))
+                self._fail(failures, waiting)
         return [results[number] for number in range(self._running)]
 
-    def _fail(self, failures: dict[int, str], others: list[Connection]) -> None:
-        """One rank's failure often makes the others fail too, whose connections break. All that come at once are told,
-        but the first that is not a broken connection is the one to read."""
-        for connection in wait(others, timeout=0.2) if others else []:
-            number = next(n for n, rank in self._ranks.items() if rank.connection is connection)
-            with contextlib.suppress(EOFError, ConnectionResetError):
-                succeeded, value = connection.recv()
+    def _fail(self, failures: dict[int, str], others: dict[Connection, int]) -> None:
+        """One rank's failure breaks the connections of the others, which may be told of earlier: the one to read is the
+        first that is not a broken connection."""
+        patience = time.monotonic() + _PATIENCE_S
+        while others and all(map(_is_consequence, failures.values())):
+            ready = wait(list(others), timeout=max(0.0, patience - time.monotonic()))
+            if not ready:
+                break
+            for connection in ready:
+                number = others.pop(connection)
+                succeeded, value = _receive(connection)
                 if not succeeded:
                     failures[number] = value
         self._end_all()
-        consequences = [number for number, text in failures.items() if _is_consequence(text)]
-        causes = [number for number in failures if number not in consequences] or consequences
+        causes = [number for number in failures if not _is_consequence(failures[number])] or list(failures)
         told = "\n".join(f"rank {number}:\n{failures[number]}" for number in sorted(causes)[:2])
         raise JobError(f"a job failed on rank {', '.join(map(str, sorted(causes)))}\n{told}")
 
@@ -185,6 +193,14 @@ class Ranks:
         rank.connection.close()
 
 
+def _receive(connection: Connection) -> tuple[bool, Any]:
+    """Whether a rank succeeded, and what it returned, or its traceback."""
+    try:
+        return connection.recv()
+    except (EOFError, ConnectionResetError):
+        return False, "the process ended"
+
+
 def _is_consequence(text: str) -> bool:
     last = text.strip().splitlines()[-1]
     return "Connection closed by peer" in last or "Connection reset by peer" in last or "Broken pipe" in last
@@ -197,6 +213,7 @@ def _serve(connection: Connection, stack: str) -> None:
     torch.set_num_threads(1)
     stack_file = open(stack, "w")  # noqa: SIM115 (stays open for the signal)
     faulthandler.register(signal.SIGUSR1, stack_file, all_threads=False)
+    connection.send(None)  # ready
     while True:
         try:
             order = connection.recv()
@@ -205,28 +222,27 @@ def _serve(connection: Connection, stack: str) -> None:
         except Exception:
             connection.send((False, traceback.format_exc()))
             return
-        try:
-            result = (True, _obey(order))
-        except Exception:
-            result = (False, traceback.format_exc())
-        connection.send(result)
+        _obey(order, connection)
 
 
-def _obey(order: _Order) -> Any:
+def _obey(order: _Order, connection: Connection) -> None:
+    """Do one job. Success is told when its process groups are gone, failure at once, before they break for others."""
     import torch.distributed as dist
 
     from moss_train.parallel import groups
 
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{order.store}",
-        rank=order.rank,
-        world_size=order.ranks,
-        timeout=timedelta(seconds=order.timeout_s),
-    )
     try:
-        return order.function(order.rank, order.ranks, *order.arguments)
-    finally:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{order.store}",
+            rank=order.rank,
+            world_size=order.ranks,
+            timeout=timedelta(seconds=order.timeout_s),
+        )
+        result = order.function(order.rank, order.ranks, *order.arguments)
         groups.shutdown()
         if dist.is_initialized():
             dist.destroy_process_group()
+        connection.send((True, result))
+    except Exception:
+        connection.send((False, traceback.format_exc()))
