@@ -1,5 +1,6 @@
 """What of the model one process holds: how the layers are cut into pipeline chunks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from moss_train.model.config import ModelConfig
@@ -70,29 +71,45 @@ def _encoder_cost(config: ModelConfig) -> float:
 
 
 def _balanced(costs: list[float], chunks: int, first: float, last: float) -> list[int]:
-    """Cut `costs` into `chunks` runs whose dearest is cheapest, `first` and `last` added to the outer ones.
+    """Cut `costs` into `chunks` runs whose dearest is cheapest, `first` and `last` added to the outer ones; among such
+    cuts, the one whose chunks differ least, so that processes with several chunks come out even too.
 
-    Every chunk but the first, which may hold the encoder alone, gets a layer while there are enough.
+    Every chunk but the first, which may hold the encoder alone, gets a layer.
     """
+    dearest, _ = _cut(costs, chunks, first, last, combine=max, limit=float("inf"))
+    # A hair above the limit, because sums of floats differ with their order.
+    _, sizes = _cut(costs, chunks, first, last, combine=lambda a, b: a + b * b, limit=dearest * (1 + 1e-9))
+    return sizes
+
+
+def _cut(
+    costs: list[float],
+    chunks: int,
+    first: float,
+    last: float,
+    combine: Callable[[float, float], float],
+    limit: float,
+) -> tuple[float, list[int]]:
+    """The smallest fold of the chunks' costs by `combine`, none above `limit`, and the chunk sizes that give it."""
     total = [0.0]
     for cost in costs:
         total.append(total[-1] + cost)
     layers = len(costs)
-    # best[c][e]: smallest possible dearest cost of the first c chunks when they end before layer e.
-    best = [[float("inf")] * (layers + 1) for _ in range(chunks + 1)]
+    # best[c][e]: smallest fold of the first c chunks when they end before layer e; cut[c][e]: where chunk c begins
+    # then. best = [[float("inf")] * (layers + 1) for _ in range(chunks + 1)]
     cut = [[0] * (layers + 1) for _ in range(chunks + 1)]
     best[0][0] = 0.0
     for chunk in range(1, chunks + 1):
         extra = (first if chunk == 1 else 0.0) + (last if chunk == chunks else 0.0)
         least = 0 if chunk == 1 and first else 1
         for end in range(layers + 1):
-            # Later cuts are tried first, so that of equally good splits the earlier chunks are the longer ones.
             for start in range(end - least, -1, -1):
-                dearest = max(best[chunk - 1][start], total[end] - total[start] + extra)
-                if dearest < best[chunk][end]:
-                    best[chunk][end], cut[chunk][end] = dearest, start
+                cost = total[end] - total[start] + extra
+                fold = combine(best[chunk - 1][start], cost)
+                if cost <= limit and fold < best[chunk][end]:
+                    best[chunk][end], cut[chunk][end] = fold, start
     sizes, end = [], layers
     for chunk in range(chunks, 0, -1):
         sizes.append(end - cut[chunk][end])
         end = cut[chunk][end]
-    return sizes[::-1]
+    return best[chunks][layers], sizes[::-1]
