@@ -95,8 +95,8 @@ def _cut(
     for cost in costs:
         total.append(total[-1] + cost)
     layers = len(costs)
-    # best[c][e]: smallest fold of the first c chunks when they end before layer e; cut[c][e]: where chunk c begins
-    # then. best = [[float("inf")] * (layers + 1) for _ in range(chunks + 1)]
+    # best[c][e]: smallest fold of the first c chunks when they end before layer e; cut[c][e]: where c begins then.
+    best = [[float("inf")] * (layers + 1) for _ in range(chunks + 1)]
     cut = [[0] * (layers + 1) for _ in range(chunks + 1)]
     best[0][0] = 0.0
     for chunk in range(1, chunks + 1):
