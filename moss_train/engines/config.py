@@ -27,8 +27,8 @@ class EngineConfig:
     loss_scale: float | None = None
     """precision=fp16 alone: a constant by which the loss is multiplied before the backward pass; null adapts it."""
     initial_loss_scale: float = 65536.0
-    """precision=fp16 alone: where the adapted scale starts. It is halved after two steps in a row that overflow (their
-    updates are skipped) and doubled after 1,000 that do not."""
+    """precision=fp16 alone: where the adapted scale starts. A step that overflows is not taken and halves it, but for
+    the first one after each doubling; 1,000 steps that do not overflow double it."""
 
     def validate(self) -> None:
         """Raise ConfigError for the first field that cannot be."""

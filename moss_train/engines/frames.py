@@ -31,7 +31,6 @@ class _Encoded:
     own_NPH: torch.Tensor  #: what this process encoded
     pooled_NPD: torch.Tensor | None  #: what the projector read, kept when only the projector is trained
     brought_NPH: torch.Tensor | None  #: first stage: what this tensor rank's processes of all stages encoded
-    features_NPH: torch.Tensor | None  #: first stage: all frames of the part, with a graph down to `brought_NPH`
 
 
 class FrameFeatures:
@@ -46,11 +45,12 @@ class FrameFeatures:
         self._trains_tower = trains_tower
         self._trained = trains_tower or trains_projector
         self._ahead = state.layout.sharding == "model_parallel" and state.pipeline_ranks > 1
+        self._returns_gradients = False
         self._encoded: list[_Encoded | None] = []
 
-    def begin(self, microbatches: Sequence[Batch], plans: Sequence[SharePlan]) -> None:
-        """Encode ahead what is encoded before the schedule."""
-        self._encoded = []
+    def begin(self, microbatches: Sequence[Batch], plans: Sequence[SharePlan], training: bool) -> None:
+        """Encode ahead what is encoded before the schedule. `training`: gradients will follow."""
+        self._returns_gradients = training and self._trained
         if self._ahead:
             self._encoded = [
                 self._encode_ahead(batch, plan) if batch.frames else None
@@ -63,31 +63,29 @@ class FrameFeatures:
             return None
         if self._ahead:
             encoded = self._encoded[number]
-            assert encoded is not None
-            return encoded.features_NPH
+            assert encoded is not None and encoded.brought_NPH is not None
+            return gather_over_tensor(encoded.brought_NPH, plan, self._state.tensor_group)
         own_NPH = self._encoder(self._pixels(batch))
         return gather_over_tensor(own_NPH, plan, self._state.tensor_group)
 
-    def backward(self) -> None:
-        """Bring the gradients of what was encoded ahead to its encoders, and through them."""
+    def finish(self) -> None:
+        """Bring the gradients of what was encoded ahead to its encoders, and through them; forget it."""
         for encoded in self._encoded:
-            if encoded is not None and self._trained:
+            if encoded is not None and self._returns_gradients:
                 self._backward_one(encoded)
         self._encoded = []
 
     @torch.no_grad()
     def _encode_ahead(self, batch: Batch, plan: SharePlan) -> _Encoded:
         pooled_NPD = None
-        if self._trained and not self._trains_tower and len(batch.frames_NCHW):
-            pooled_NPD = self._encoder.module.pooled(self._pixels(batch))
-        own_NPH = self._encoder(self._pixels(batch), pooled_NPD)
+        pixels = self._pixels(batch)
+        if self._returns_gradients and not self._trains_tower and len(pixels):
+            pooled_NPD = self._encoder.module.pooled(pixels)
+        own_NPH = self._encoder(pixels, pooled_NPD)
         brought_NPH = to_first_stage(own_NPH, plan, self._state)
-        features_NPH = None
         if brought_NPH is not None:
-            with torch.enable_grad():
-                brought_NPH.requires_grad_(self._trained)
-                features_NPH = gather_over_tensor(brought_NPH, plan, self._state.tensor_group)
-        return _Encoded(batch, plan, own_NPH, pooled_NPD, brought_NPH, features_NPH)
+            brought_NPH.requires_grad_(self._returns_gradients)
+        return _Encoded(batch, plan, own_NPH, pooled_NPD, brought_NPH)
 
     def _backward_one(self, encoded: _Encoded) -> None:
         grad = encoded.brought_NPH.grad if encoded.brought_NPH is not None else None
@@ -95,7 +93,10 @@ class FrameFeatures:
             grad = torch.zeros_like(encoded.brought_NPH)
         own_grad_NPH = from_first_stage(grad, encoded.plan, self._state, like=encoded.own_NPH)
         if len(own_grad_NPH):
-            features_NPH = self._encoder(self._pixels(encoded.batch), encoded.pooled_NPD)
+            features_NPH = self._encoder(
+                self._pixels(encoded.batch) if encoded.pooled_NPD is None else encoded.batch.frames_NCHW,
+                encoded.pooled_NPD,
+            )
             torch.autograd.backward(features_NPH, own_grad_NPH)
 
     def _pixels(self, batch: Batch) -> torch.Tensor:

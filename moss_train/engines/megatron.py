@@ -229,7 +229,8 @@ class MegatronEngine:
             # Its copies on later stages must not be counted again in the gradient norm.
             for parameter in encoder.parameters():
                 parameter.shared = not self._parallel.first_stage
-            self._encoder_ddp = wrap(encoder)
+            # In one bucket: megatron cuts buckets on the first stage alone, and with zero=1 shards follow the buckets.
+            self._encoder_ddp = wrap(encoder, bucketed=False)
         self._frames = FrameFeatures(
             self._parallel,
             self._encoder_ddp,
@@ -307,7 +308,8 @@ class MegatronEngine:
 
         # Nothing of the encoder is reduced before all of its gradients are there.
         with self._encoder_ddp.no_sync() if self._encoder_ddp is not None else contextlib.nullcontext():
-            self._frames.begin(batches, plans)
+            self._gather_skipped_weights(batches)
+            self._frames.begin(batches, plans, training=not forward_only)
             outputs = self._schedule(
                 forward_step_func=forward_step,
                 data_iterator=[iter(range(len(batches))) for _ in self._chunks][: None if layout.vpp > 1 else 1],
@@ -318,9 +320,19 @@ class MegatronEngine:
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
-            if not forward_only:
-                self._frames.backward()
+            self._frames.finish()
         return LossFigures.from_statistics(self._summed(outputs))
+
+    def _gather_skipped_weights(self, batches: Sequence[Batch]) -> None:
+        """With overlapped gathering a layer asks for its weights when it runs. A process whose first batch has no
+        frames skips layers that others run, and would ask in another order: it asks for all of them now, in the order
+        in which running layers ask. Whether the encoder runs at all differs too, so its weights are always gathered
+        now."""
+        if not self._config.overlap_param_gather:
+            return
+        for wrapped in [self._encoder_ddp] if batches[0].frames else self._wrapped:
+            for bucket_group in reversed(wrapped.bucket_groups if wrapped is not None else []):
+                bucket_group.finish_param_sync()
 
     def _received(self, batch: Batch) -> Batch:
         """The batch cut to this process's share of frames, if the loader has not done it."""
@@ -351,7 +363,9 @@ class MegatronEngine:
         """The clipping of megatron's `ChainedOptimizer.step`, which has no place for a verdict before its step."""
         if self._optim.clip > 0.0:
             for part in self._optimizer.chained_optimizers:
-                clip_grad_by_total_norm_fp32(part.get_parameters(), self._optim.clip, grad_norm)
+                # A stage may train nothing, and the fused kernel reads the first of its tensors.
+                if parameters := part.get_parameters():
+                    clip_grad_by_total_norm_fp32(parameters, self._optim.clip, grad_norm)
 
     def _collect(self, entries: list[Entry], names) -> dict[str, torch.Tensor]:
         self._finish_param_gather()

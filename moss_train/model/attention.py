@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from moss_train.model.flash import PackedStreams, packed_causal_attention
 from moss_train.model.frame_parallel import frame_parallel_attention, frames_of
+from moss_train.model.recompute import touch
 from moss_train.model.visibility import AttentionPlan
 
 
@@ -80,6 +81,8 @@ class SegmentAttention:
         tokens, rows = q_TRAD.shape[:2]
         if self.frame_group is not None:
             return frame_parallel_attention(q_TRAD, k_NPBD, v_NPBD, self.cross_plan, self.frame_group)
+        if not self.cross_plan.groups:
+            return touch(q_TRAD.new_zeros(tokens, rows, q_TRAD.shape[2] * q_TRAD.shape[3]), (q_TRAD, k_NPBD, v_NPBD))
         q = q_TRAD.flatten(0, 1)
         results = []
         for group in self.cross_plan.groups:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from moss_train.model.recompute import touch
+
 _DTYPES = (torch.float16, torch.bfloat16)
 _CAPABILITY = (8, 0)
 _WIDEST_HEAD = 256
@@ -81,7 +83,7 @@ def packed_causal_attention(
 
     tokens, rows = q_TRAD.shape[:2]
     if streams.longest == 0:
-        return q_TRAD.new_zeros(tokens, rows, q_TRAD.shape[2] * q_TRAD.shape[3])
+        return touch(q_TRAD.new_zeros(tokens, rows, q_TRAD.shape[2] * q_TRAD.shape[3]), (q_TRAD, k_TRBD, v_TRBD))
     packed = [x.flatten(0, 1) for x in (q_TRAD, k_TRBD, v_TRBD)]
     if not streams.in_order:
         packed = [x.index_select(0, streams.token_of_place_S) for x in packed]

@@ -156,8 +156,9 @@ def _blocks(group: Group, k_NPBD, v_NPBD):
 
 
 def _scores(q_GBCLD: torch.Tensor, keys_GBKD: torch.Tensor) -> torch.Tensor:
-    scores = q_GBCLD @ keys_GBKD[:, :, None].transpose(-1, -2)
-    return scores.float() * q_GBCLD.shape[-1] ** -0.5
+    # Rounded to 16 bits, large scores would lose what tells the frames apart.
+    scores = q_GBCLD.float() @ keys_GBKD[:, :, None].float().transpose(-1, -2)
+    return scores * q_GBCLD.shape[-1] ** -0.5
 
 
 def _add_frames(target_NPBD: torch.Tensor, x_GBKD: torch.Tensor, group: Group, first: int, end: int) -> None:

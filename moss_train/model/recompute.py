@@ -43,13 +43,13 @@ def _gated_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-def touch(x: torch.Tensor, parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
-    """`x`, with zero gradients for the trained `parameters`, which this batch does not use.
+def touch(x: torch.Tensor, unused: Iterable[torch.Tensor]) -> torch.Tensor:
+    """`x`, with zero gradients for those tensors of `unused` that take gradients; this batch has no other use for them.
 
     Data-parallel processes sum gradients bucket by bucket as they become ready; a process whose batch skips a layer
     must come to that layer's bucket at the same place as the others, or all of them wait for ever.
     """
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    trained = [tensor for tensor in unused if tensor.requires_grad]
     if not (trained and torch.is_grad_enabled()):
         return x
     return _Touch.apply(x, *trained)
@@ -57,10 +57,10 @@ def touch(x: torch.Tensor, parameters: Iterable[torch.nn.Parameter]) -> torch.Te
 
 class _Touch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, *parameters):
-        ctx.parameters = parameters
+    def forward(ctx, x, *unused):
+        ctx.unused = [(tensor.shape, tensor.dtype, tensor.device) for tensor in unused]
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, *(torch.zeros_like(parameter) for parameter in ctx.parameters)
+        return grad, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.unused)

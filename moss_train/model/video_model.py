@@ -213,7 +213,9 @@ class VideoModel(nn.Module):
             positions = batch.frame_positions_RF[row[slice(*held)], slot[slice(*held)]]
         else:
             positions = batch.frame_positions_RF.flatten()
-            places = (row * slots + slot, rows * slots)
+            place = row * slots + slot
+            if not torch.equal(place, torch.arange(rows * slots, device=device)):
+                places = (place, rows * slots)
         return LayerInputs(
             backend=self._backend(batch, device, held),
             text_rotation=self.text_rotation(batch.positions_RT.T),

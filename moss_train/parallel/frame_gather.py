@@ -92,9 +92,11 @@ def to_first_stage(own_NPH: torch.Tensor, plan: SharePlan, state: ParallelState)
     return torch.cat([own_NPH, *received])
 
 
-def from_first_stage(grad_NPH: torch.Tensor | None, plan: SharePlan, state: ParallelState, like: torch.Tensor):
-    """The gradient of this process's own frames; `grad_NPH` is that of `to_first_stage`'s result on the first stage,
-    None elsewhere. `like` has the result's shape and dtype."""
+def from_first_stage(
+    grad_NPH: torch.Tensor | None, plan: SharePlan, state: ParallelState, like: torch.Tensor
+) -> torch.Tensor:
+    """The gradient [N, P, H] of this process's own frames; `grad_NPH` is that of `to_first_stage`'s result on the first
+    stage, None elsewhere. `like` has the result's shape and dtype."""
     counts = [stage[state.tensor_rank] for stage in plan.counts]
     if not state.first_stage:
         own = torch.empty_like(like)

@@ -73,6 +73,8 @@ def initialize(layout: LayoutConfig | None = None, seed: int = 0) -> ParallelSta
         return _state
     layout = layout or LayoutConfig()
     backend = layout.backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    if backend == "nccl" and not (torch.cuda.is_available() and dist.is_nccl_available()):
+        raise ConfigError("layout.backend=nccl: needs a GPU and a PyTorch built with CUDA; set gloo, or null")
     device = _own_device(backend)
     if layout.overlap_p2p and backend == "gloo":
         raise ConfigError(
@@ -129,7 +131,7 @@ def _read_state(layout: LayoutConfig, device: torch.device) -> ParallelState:
         share_rank = (frame_rank * layout.pp + pipeline_rank) * layout.tp + tensor_rank
     else:
         share_rank = frame_rank * layout.tp + tensor_rank if pipeline_rank == 0 else None
-    own_group, _ = dist.new_subgroups(group_size=1)
+    own_group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     return ParallelState(
         layout=layout,
         rank=dist.get_rank(),

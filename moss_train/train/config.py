@@ -161,6 +161,11 @@ class RunConfig:
         from moss_train.model.precision import Precision  # loads megatron-core, for which help must not wait
 
         Precision.named(self.precision).check_sizes(self.model, self.layout.tp)
+        if self.engine.loss_scale is not None and self.precision != "fp16":
+            raise ConfigError(
+                f"engine.loss_scale={self.engine.loss_scale}: only fp16 scales the loss, this run has "
+                f"precision={self.precision}; set it to null"
+            )
 
     def ordered_stages(self) -> list[tuple[str, StageConfig]]:
         """The stages in the order they run."""

@@ -86,7 +86,11 @@ def test_rows_of_padding_alone(qkv, monkeypatch):
     fused_stubs.install_flash_attention(monkeypatch)
     batch = cases(np.random.default_rng(0))["one row, one stream"]
     streams = flash.lay_out_streams(torch.full_like(batch.segments_RT, -1), CPU)
-    assert (flash.packed_causal_attention(*qkv(batch), streams) == 0).all()
+    inputs = [x.requires_grad_() for x in qkv(batch)]
+    mixed = flash.packed_causal_attention(*inputs, streams)
+    assert (mixed == 0).all()
+    mixed.sum().backward()  # the weights behind the inputs must take part in gradient sums all the same
+    assert all((x.grad == 0).all() for x in inputs)
 
 
 def test_the_stub_is_strict(qkv):
