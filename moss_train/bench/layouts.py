@@ -1,6 +1,7 @@
 """`moss-train bench layouts`: does any layout change a number? Layouts and batches at random, against one process."""
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -8,14 +9,17 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from moss_train.bench.equivalence.cases import Case
-from moss_train.bench.equivalence.compare import Comparison
+from moss_train.bench.equivalence.cases import Case, described
+from moss_train.bench.equivalence.compare import Comparison, worse
 from moss_train.bench.equivalence.comparing import Comparer
 from moss_train.bench.equivalence.drawing import draw_case
 from moss_train.bench.equivalence.ranks import JobError
 from moss_train.errors import ConfigError
 
 _SHOWN = 3  #: failures of one layout that are told; the others are of the same kind
+
+
+_FIGURES = ("loss", "grad_norm", "gradient", "weight")
 
 
 @dataclass
@@ -28,6 +32,8 @@ class LayoutsOptions:
     """Of the layouts, the options of their training, the weights and the data."""
     ranks: int = 8
     """Processes of the largest layout."""
+    case: str | None = None
+    """One case, as a line of an earlier run shows it (JSON): that one alone is tried."""
     deadline_s: float = 180.0
     """Seconds after which a layout counts as hanging; a few are used on two cores that are not busy otherwise."""
 
@@ -68,13 +74,29 @@ class _Tally:
             self.failures.append(f"{case}: " + "; ".join(failures[:_SHOWN]))
 
     def _worst(self, name: str, value: float) -> None:
-        # max() would lose a NaN.
-        before = self.worst.get(name, 0.0)
-        self.worst[name] = before if before >= value else value
+        self.worst[name] = worse(self.worst.get(name, 0.0), value)
 
     def summary(self) -> dict[str, Any]:
-        figures = {"layouts": self.layouts, "failures": len(self.failures)} | self.worst
+        worst = {name: _number(value) for name, value in self.worst.items()}
+        figures = {"layouts": self.layouts, "failures": len(self.failures)} | worst
         return {"name": "bench layouts", "ok": not self.failures, "figures": figures, "failures": self.failures}
+
+
+def _number(value: float) -> float | None:
+    """JSON knows no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _cases(options: LayoutsOptions) -> list[Case]:
+    if options.case is None:
+        rng = np.random.default_rng(options.seed)
+        return [draw_case(rng, options.ranks) for _ in range(options.samples)]
+    try:
+        case = described(json.loads(options.case))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"case={options.case}: is not JSON ({error}); copy the case of a printed line") from error
+    case.check()
+    return [case]
 
 
 def layouts_command(options: LayoutsOptions) -> int:
@@ -86,9 +108,8 @@ def layouts_command(options: LayoutsOptions) -> int:
     one JSON line a layout, then the summary.
     """
     console, tally = Console(stderr=True), _Tally()
-    rng = np.random.default_rng(options.seed)
-    cases = [draw_case(rng, options.ranks) for _ in range(options.samples)]
-    with Comparer(options.ranks) as comparer:
+    cases = _cases(options)
+    with Comparer(max(case.world_size for case in cases)) as comparer:
         for number, case in enumerate(cases):
             following = cases[number + 1].problem if number + 1 < len(cases) else None
             console.print(f"{number + 1}/{len(cases)} {case.world_size} processes {case.layout}", highlight=False)
@@ -103,10 +124,7 @@ def layouts_command(options: LayoutsOptions) -> int:
                 tally.add(case, comparison)
                 line |= {
                     "ok": comparison.ok,
-                    "loss": comparison.loss,
-                    "grad_norm": comparison.grad_norm,
-                    "gradient": comparison.gradient,
-                    "weight": comparison.weight,
+                    **{name: _number(getattr(comparison, name)) for name in _FIGURES},
                     "failures": comparison.failures,
                 }
             print(json.dumps(line | {"seconds": round(time.monotonic() - began, 2)}), flush=True)

@@ -60,7 +60,7 @@ OTHER_AXES: dict[str, tuple] = {
     "streams": ("mixed", "windowed", "text", "images", "sparse"),
     "pack": (True, False),
     "micro_batch_rows": (1, 2),
-    "overlap_grad_reduce": (False, True),
+    "overlap": ("none", "gradients", "gradients and weights"),
 }
 AXES = LAYOUT_AXES | OTHER_AXES
 
@@ -85,7 +85,9 @@ def case_of(row: Row) -> Case | None:
             **{name: row[name] for name in LAYOUT_AXES if name != "split"},
         ),
         recompute=RECOMPUTE[row["recompute"]],
-        **{name: row[name] for name in ("precision", "pack", "micro_batch_rows", "overlap_grad_reduce")},
+        overlap_grad_reduce=row["overlap"] != "none",
+        overlap_param_gather=row["overlap"] == "gradients and weights",
+        **{name: row[name] for name in ("precision", "pack", "micro_batch_rows")},
     )
     if case.world_size > RANKS:
         return None

@@ -7,23 +7,20 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from moss_train.bench.equivalence.streams import IMAGE_SIZE, tokenizer
 from moss_train.data.config import DataConfig, SourceConfig
 from moss_train.engines.config import EngineConfig, OptimConfig
+from moss_train.errors import ConfigError
 from moss_train.model.config import ModelConfig, RecomputeConfig, TextConfig, VisionConfig
-from moss_train.model.groups import PRESETS, REFERENCE_BUG
 from moss_train.objectives.config import ObjectiveConfig
 from moss_train.parallel.config import LayoutConfig
 from moss_train.train.config import RunConfig, StageConfig
 
 STEPS = 5  #: optimizer steps of a comparison
 PRECISIONS = ("fp32", "bf16")
-
-#: What a case trains: every preset, those of the four stages' recipes among them.
-TRAINABLE = (*PRESETS, REFERENCE_BUG)
 
 
 @dataclass(frozen=True)
@@ -95,6 +92,7 @@ class Case:
     pack: bool = True
     micro_batch_rows: int = 1
     overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
 
     @property
     def world_size(self) -> int:
@@ -103,7 +101,11 @@ class Case:
 
     def engine(self) -> EngineConfig:
         """What the engine is told."""
-        return EngineConfig(recompute=self.recompute, overlap_grad_reduce=self.overlap_grad_reduce)
+        return EngineConfig(
+            recompute=self.recompute,
+            overlap_grad_reduce=self.overlap_grad_reduce,
+            overlap_param_gather=self.overlap_param_gather,
+        )
 
     def check(self) -> None:
         """Raise ConfigError unless `moss-train train` would start in this way on as many processes."""
@@ -126,7 +128,7 @@ class Case:
             run.validate()
 
     def describe(self) -> dict[str, Any]:
-        """What differs from the defaults, as JSON values."""
+        """What differs from the defaults, as JSON values; `described` reads it back."""
         return _changes(self)
 
     def __str__(self) -> str:
@@ -159,18 +161,20 @@ def _changes(value: Any) -> dict[str, Any]:
     return changes
 
 
-def as_json(case: Case) -> str:
-    """The whole case, for `from_json`."""
-    return json.dumps(asdict(case))
+def described(changes: dict[str, Any]) -> Case:
+    """The case that `Case.describe` gave `changes` of. ConfigError for anything else."""
+    return _changed(Case(), changes, "case")
 
 
-def from_json(text: str) -> Case:
-    """A case as it was written by `as_json`."""
-    values = json.loads(text)
-    problem = values.pop("problem")
-    return Case(
-        problem=Problem(**problem | {"cross_layers": tuple(problem["cross_layers"])}),
-        layout=LayoutConfig(**values.pop("layout")),
-        recompute=RecomputeConfig(**values.pop("recompute")),
-        **values,
-    )
+def _changed(plain: Any, changes: Any, path: str) -> Any:
+    if not isinstance(changes, dict):
+        raise ConfigError(f"{path}={changes!r}: must be an object of the fields that are changed")
+    values = {}
+    for name, value in changes.items():
+        if name not in {one.name for one in fields(plain)}:
+            raise ConfigError(f"{path}.{name}: there is no such field")
+        usual = getattr(plain, name)
+        if is_dataclass(usual):
+            value = _changed(usual, value, f"{path}.{name}")
+        values[name] = tuple(value) if isinstance(usual, tuple) else value
+    return replace(plain, **values)

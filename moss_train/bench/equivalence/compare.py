@@ -38,9 +38,9 @@ class Tolerance:
 def tolerance(case: Case) -> Tolerance:
     """What `case` is held to."""
     if case.precision == "bf16":
-        # Rounding to eight bits in one process alone, against the same weights in float32, gave up to 0.017, 0.05, 0.16
+        # Rounding to eight bits in one process alone, against the same weights in float32, gave up to 0.017, 0.08, 0.16
         # and 0.24 in 36 trainings. A gradient that is lost, doubled or not summed over two processes gives 0.5 or more.
-        return Tolerance(3e-2, 8e-2, 3e-1, 4e-1, floor=HALF_FLOOR, moved_floor=HALF_FLOOR)
+        return Tolerance(3e-2, 1.5e-1, 3e-1, 4e-1, floor=HALF_FLOOR, moved_floor=HALF_FLOOR)
     return Tolerance(loss=1e-5, grad_norm=5e-5, gradient=5e-5, weight=1e-4 if case.problem.optimizer == "sgd" else 1e-3)
 
 
@@ -62,9 +62,14 @@ class Comparison:
     def judge(self, figure: str, deviation: float, allowed: float, what: str) -> None:
         """Note one deviation. A NaN is no agreement."""
         for name, value in ((figure, deviation), ("share_of_tolerance", deviation / allowed)):
-            setattr(self, name, value if math.isnan(value) else max(getattr(self, name), value))
+            setattr(self, name, worse(getattr(self, name), value))
         if not deviation <= allowed:
             self.failures.append(f"{what} deviates by {deviation:.3g}, more than {allowed:g}")
+
+
+def worse(one: float, other: float) -> float:
+    """The larger deviation; a NaN is larger than any."""
+    return other if math.isnan(other) else max(one, other)
 
 
 def compare(case: Case, found: Outcome, expected: Outcome) -> Comparison:

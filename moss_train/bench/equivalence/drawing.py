@@ -2,11 +2,12 @@
 
 import numpy as np
 
-from moss_train.bench.equivalence.cases import PRECISIONS, TRAINABLE, Case, Problem
+from moss_train.bench.equivalence.cases import PRECISIONS, Case, Problem
 from moss_train.bench.equivalence.streams import DIETS
 from moss_train.engines.config import OPTIMIZERS
 from moss_train.errors import ConfigError
 from moss_train.model.config import RECOMPUTED, RecomputeConfig
+from moss_train.model.groups import PRESETS
 from moss_train.objectives.config import NORMALISERS
 from moss_train.parallel.config import FRAME_SHARDING, LayoutConfig
 
@@ -38,6 +39,7 @@ def _draw(rng: np.random.Generator) -> Case:
         pack=_flip(rng),
         micro_batch_rows=int(rng.integers(1, 4)),
         overlap_grad_reduce=_flip(rng),
+        overlap_param_gather=_flip(rng),
     )
 
 
@@ -46,7 +48,7 @@ def _draw_problem(rng: np.random.Generator, half: bool) -> Problem:
     anything = [name for name in DIETS if name.startswith("any")]
     cross_layers = np.flatnonzero(rng.random(_LAYERS) < 0.4).tolist() or [int(rng.integers(_LAYERS))]
     return Problem(
-        trainable=str(rng.choice(TRAINABLE)),
+        trainable=str(rng.choice(list(PRESETS))),
         optimizer=str(rng.choice(OPTIMIZERS)),
         clip=float(rng.choice([0.0, 0.3])),
         normaliser=str(rng.choice(NORMALISERS)),
@@ -69,6 +71,7 @@ def _draw_layout(rng: np.random.Generator) -> LayoutConfig:
         sp=_flip(rng),
         zero=int(rng.integers(2)),
         frame_shard=str(rng.choice(FRAME_SHARDING)),
+        batch_p2p=[None, False, True][int(rng.integers(3))],
         pipeline_split=_draw_split(rng, pp * vpp) if _flip(rng) else None,
     )
 
