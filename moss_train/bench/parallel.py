@@ -36,6 +36,7 @@ BYTES_TOLERANCE = 1e-9  #: relative; both sides are sums of the same integers, d
 _RANKS = 8
 _DEADLINE_S = 300.0
 _MB = 1e6
+_WIDTH = 140  #: columns of the table where it goes to a file
 
 _DEGREE = re.compile(r"(tp|pp|vpp|cp|dp|zero)(\d+)")
 _LAYOUT_WORDS: dict[str, dict[str, Any]] = {
@@ -116,7 +117,7 @@ def parallel_command(options: ParallelOptions) -> int:
     """
     model = model_of(options.model)
     works = {name: _work(name, model, options) for name in options.layouts}
-    console = Console(file=sys.stderr)
+    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else _WIDTH)
     measured: dict[str, list[RankFigures]] = {}
     ratios: dict[str, float] = {}
     with Ranks(max([1, *(work.ranks for work in works.values())])) as ranks:
@@ -218,8 +219,8 @@ def _activations(ranks: list[RankFigures]) -> int:
 
 
 def _table(measured: dict[str, list[RankFigures]], ratios: dict[str, float]) -> Table:
-    table = Table(title="bench parallel: of the rank that needs most; MB = 10⁶ bytes, sent by all ranks in one step")
-    for title in ("layout", "ranks", "step time", "peak MB", "activations MB", "RSS MB", "sent MB", "by kind"):
+    table = Table(title="memory of the rank that needs most, bytes sent by all ranks in one step; MB = 10⁶ bytes")
+    for title in ("layout", "ranks", "time", "peak MB", "activations", "RSS", "sent MB", "by kind"):
         table.add_column(title, justify="left" if title in ("layout", "by kind") else "right")
     for name, ranks in measured.items():
         kinds: dict[str, float] = {}
