@@ -14,6 +14,7 @@ from moss_train.bench.equivalence.reference import train_reference
 from moss_train.bench.equivalence.training import Job, same_figures, train_case
 
 DEADLINE_S = 180.0  #: of one case; a few seconds are used on two cores that are not busy otherwise
+_REFERENCE_S = 600.0  #: for a reference, which may try several seeds
 _REFERENCES_KEPT = 32  #: a few megabytes each
 
 
@@ -66,7 +67,7 @@ class Comparer:
             return
         if self._begun is not None:
             self._finish()
-        self._alone.start(1, train_reference, problem, str(self._reference_path))
+        self._alone.start(1, train_reference, problem, str(self._reference_path), deadline_s=_REFERENCE_S)
         self._begun = problem
 
     def _finish(self) -> None:
