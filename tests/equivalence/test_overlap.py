@@ -1,4 +1,4 @@
-"""Communication that overlaps computation goes bucket by bucket. Models of this size fit in one; here there are many."""
+"""Overlapped communication goes bucket by bucket. Models of this size fit in one bucket; here there are many."""
 
 from functools import partial
 from unittest import mock
