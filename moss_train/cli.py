@@ -20,11 +20,11 @@ from moss_train.errors import ConfigError, MossTrainError
 #: verb → (module : stem, line that help shows). The module holds `<stem>_command` and `<Stem>Options`.
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("moss_train.train.command:train", "train a recipe, or resume it where it stopped"),
-    "data render": ("moss_train.data.render:render", "render the built-in synthetic clips"),
+    "data render": ("moss_train.data.synthetic.render:render", "render the built-in synthetic clips"),
     "data convert": ("moss_train.data.convert:convert", "convert annotations and media to samples"),
-    "data pack": ("moss_train.data.shards:pack", "write samples into indexed tar shards"),
-    "data index": ("moss_train.data.index:index", "index existing tar shards"),
-    "data check": ("moss_train.data.check:check", "validate shards, samples and media"),
+    "data pack": ("moss_train.data.shards.pack:pack", "write samples into indexed tar shards"),
+    "data index": ("moss_train.data.shards.index:index", "index existing tar shards"),
+    "data check": ("moss_train.data.shards.check:check", "validate shards, samples and media"),
     "convert verify": ("moss_train.checkpoint.verify:verify", "compare the model with reference outputs"),
     "eval": ("moss_train.train.evaluate_command:evaluate", "free-running figures of a checkpoint on packed streams"),
     "report": ("moss_train.train.pipeline_report:report", "a finished run against itself untrained, as a page"),

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from moss_train.data.config import DataConfig
-from moss_train.data.index import SourceIndex
 from moss_train.data.order import ORDER_VERSION, cut_batch, permutation, steps_in, uniform, windowed_shuffle
+from moss_train.data.shards.index import SourceIndex
 from moss_train.errors import DataError
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from moss_train.data.staging import check_target, staged_folder
+from moss_train.data.shards.staging import check_target, staged_folder
 from moss_train.errors import ConfigError, DataError, SampleError
 from moss_train.streams.importers.common import Imported
 from moss_train.streams.importers.conversations import import_conversation

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moss_train.data.decode import DecodedArrays, DecodeLimits
-from moss_train.data.decode_job import DecodeJob, read_range, run_job
-from moss_train.data.index import IndexedSample, SourceIndex, load_index
+from moss_train.data.decoding.decode import DecodedArrays, DecodeLimits
+from moss_train.data.decoding.job import DecodeJob, read_range, run_job
+from moss_train.data.shards.index import IndexedSample, SourceIndex, load_index
 from moss_train.errors import SampleError
 from moss_train.streams.compiled import CompiledStream, FrameRequest
 from moss_train.streams.compiler import compile_sample

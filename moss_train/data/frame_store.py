@@ -10,9 +10,9 @@ from concurrent.futures import Future
 import torch
 
 from moss_train.data.corpus import Corpus
-from moss_train.data.decode import DecodedArrays
-from moss_train.data.decode_job import run_job
-from moss_train.data.decode_pool import DecodePool
+from moss_train.data.decoding.decode import DecodedArrays
+from moss_train.data.decoding.job import run_job
+from moss_train.data.decoding.pool import DecodePool
 from moss_train.errors import SampleError
 from moss_train.streams.compiled import FrameRequest
 

@@ -22,7 +22,7 @@ from moss_train.data.blend import Blend, blend_source
 from moss_train.data.collate import collate
 from moss_train.data.config import DataConfig
 from moss_train.data.corpus import Corpus, load_source
-from moss_train.data.decode_pool import DecodeFailure, DecodePool
+from moss_train.data.decoding.pool import DecodeFailure, DecodePool
 from moss_train.data.frame_store import FrameStore, PendingFrames
 from moss_train.data.order import augmentation_rng
 from moss_train.data.packing import (

@@ -3,7 +3,7 @@
 import re
 from typing import Protocol
 
-from moss_train.data.judge import WorldJudge
+from moss_train.data.synthetic.judge import WorldJudge
 from moss_train.errors import ConfigError
 
 JUDGES = ("text", "world")

@@ -66,7 +66,7 @@ def read_stream(
     """What happens to the stream, and its transcript with the model's side still silent.
 
     Questions, revisions and confirmations come from `source_metadata` where the sample has them (times in seconds,
-    see `data/world.py`); otherwise questions and revisions are read from the events' links and evidence.
+    see `data/synthetic/world.py`); otherwise questions and revisions are read from the events' links and evidence.
     Raises SampleError when the sample is no stream.
     """
     if not isinstance(sample, StreamSample):

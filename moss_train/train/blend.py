@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from moss_train.data.index import load_index
+from moss_train.data.shards.index import load_index
 from moss_train.errors import ConfigError
 from moss_train.locations import shipped_directory
 from moss_train.train.config import StageConfig

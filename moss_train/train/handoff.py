@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from moss_train.checkpoint.store import Checkpoint, checkpoint_shapes, latest, load_checkpoint
-from moss_train.data.index import load_index
 from moss_train.data.loader import build_loader
+from moss_train.data.shards.index import load_index
 from moss_train.engines.fit import require_fit
 from moss_train.engines.trainable import check_trainable
 from moss_train.errors import CheckpointError, ConfigError, MossTrainError

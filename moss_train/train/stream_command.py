@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.text import Text
 
 from moss_train.data.corpus import load_source
-from moss_train.data.decode import decode_frames
-from moss_train.data.index import load_index
-from moss_train.data.media_probe import probe_media
+from moss_train.data.decoding.decode import decode_frames
+from moss_train.data.decoding.probe import probe_media
+from moss_train.data.shards.index import load_index
 from moss_train.errors import ConfigError, MossTrainError
 from moss_train.evaluate.config import DecodeConfig
 from moss_train.evaluate.live import LivePrinter, live_schedule, play

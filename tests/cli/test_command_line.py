@@ -75,7 +75,7 @@ def test_what_the_file_system_refuses_is_one_line(tmp_path, capsys, monkeypatch)
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("moss_train.data.render.write_still", full)
+    monkeypatch.setattr("moss_train.data.synthetic.render.write_still", full)
     arguments = ["data", "render", f"out={tmp_path / 'out'}", "workers=1", "align=1"]
     assert main([*arguments, "temporal=0", "sft=0", "realtime=0", "heldout=0"]) == 2
     assert "No space left" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from moss_train.data.shards import pack
+from moss_train.data.shards.pack import pack
 
 BLOCK = 16  #: pixels of one block; 2 rows of 4 blocks make a picture of 64 × 32
 
@@ -139,7 +139,7 @@ def split_pack(staging: Path, out: Path, shard_samples: int) -> None:
     """Like `pack`, with a shard every `shard_samples` samples (pack itself splits at megabytes)."""
     import webdataset
 
-    from moss_train.data.index import build_index, write_index
+    from moss_train.data.shards.index import build_index, write_index
 
     out.mkdir(parents=True)
     with webdataset.ShardWriter(

@@ -14,8 +14,8 @@ from data_samples import (
     stream_json,
 )
 
-from moss_train.data.check import CheckOptions, check_command, check_source
-from moss_train.data.index import INDEX_NAME
+from moss_train.data.shards.check import CheckOptions, check_command, check_source
+from moss_train.data.shards.index import INDEX_NAME
 
 
 def test_a_sound_source_has_no_problems(tmp_path: Path, capsys):

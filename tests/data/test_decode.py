@@ -9,8 +9,8 @@ from data_samples import numbered_clip, numbered_picture, read_numbers, still
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moss_train.data.decode import DecodeLimits, decode_arrays, decode_frames, fitted_size, frame_indices
-from moss_train.data.media_probe import probe_media, sniff_container
+from moss_train.data.decoding.decode import DecodeLimits, decode_arrays, decode_frames, fitted_size, frame_indices
+from moss_train.data.decoding.probe import probe_media, sniff_container
 from moss_train.errors import SampleError
 
 QUIET_X265 = "log-level=none"

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from data_samples import numbered_clip, read_numbers
 
-from moss_train.data.decode_job import DecodeJob, run_job
-from moss_train.data.decode_pool import DecodeFailure, DecodePool
+from moss_train.data.decoding.job import DecodeJob, run_job
+from moss_train.data.decoding.pool import DecodeFailure, DecodePool
 from moss_train.errors import DataError, SampleError
 
 
@@ -89,7 +89,7 @@ def replace_worker(monkeypatch, code: str) -> None:
     """Decoder processes run `code` instead."""
     start = subprocess.Popen
     monkeypatch.setattr(
-        "moss_train.data.decode_pool.subprocess.Popen",
+        "moss_train.data.decoding.pool.subprocess.Popen",
         lambda command, **options: start([command[0], "-c", code], **options),
     )
 
@@ -103,7 +103,7 @@ def replace_worker(monkeypatch, code: str) -> None:
     ],
 )
 def test_a_process_that_does_not_start_is_no_fault_of_the_sample(tmp_path: Path, monkeypatch, code, expected):
-    monkeypatch.setattr("moss_train.data.decode_pool.START_TIMEOUT_S", 0.5 if "sleep" in code else 60)
+    monkeypatch.setattr("moss_train.data.decoding.pool.START_TIMEOUT_S", 0.5 if "sleep" in code else 60)
     replace_worker(monkeypatch, code)
     pool = DecodePool(1, 60)
     try:
@@ -144,8 +144,8 @@ def test_decoder_processes_do_not_outlive_their_owner(tmp_path: Path):
         [
             sys.executable,
             "-c",
-            "import time\nfrom moss_train.data.decode_job import DecodeJob\n"
-            "from moss_train.data.decode_pool import DecodePool\npool = DecodePool(1, 60)\n"
+            "import time\nfrom moss_train.data.decoding.job import DecodeJob\n"
+            "from moss_train.data.decoding.pool import DecodePool\npool = DecodePool(1, 60)\n"
             f"job = DecodeJob('k', {str(tmp_path / 'a')!r}, 6, {len(clip)}, (0.0,), 64, 'auto', None, 10**7)\n"
             "pool.submit(job).result()\n"
             "print(pool._processes[0]._process.pid, flush=True)\ntime.sleep(600)",
@@ -169,6 +169,6 @@ def test_decoder_processes_do_not_outlive_their_owner(tmp_path: Path):
 
 
 def test_the_decoder_process_starts_without_torch():
-    code = "import sys, moss_train.data.decode_worker as w; print('torch' in sys.modules)"
+    code = "import sys, moss_train.data.decoding.worker as w; print('torch' in sys.modules)"
     env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout == "False\n"

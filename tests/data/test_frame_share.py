@@ -15,8 +15,8 @@ from test_collate import random_stream, shapes
 from moss_train.data import frame_store
 from moss_train.data.batch import ALL_FRAMES, Batch, FrameShare
 from moss_train.data.collate import collate
-from moss_train.data.decode import DecodeLimits
-from moss_train.data.decode_pool import DecodePool
+from moss_train.data.decoding.decode import DecodeLimits
+from moss_train.data.decoding.pool import DecodePool
 from moss_train.data.packing import bounds_of_kept, cut_frames
 from moss_train.errors import ConfigError
 

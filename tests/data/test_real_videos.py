@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from shared_data import shared_folder
 
-from moss_train.data.decode import decode_arrays
-from moss_train.data.media_probe import probe_media
+from moss_train.data.decoding.decode import decode_arrays
+from moss_train.data.decoding.probe import probe_media
 from moss_train.streams.media import MediaInfo, offline_frame_times, stream_frame_times
 
 VIDEOS = ["1.mp4", "2.avi", "3.mp4", "v-5sRwJNR8U.mp4"]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moss_train.data.render import RenderOptions, render, render_command, render_sample
-from moss_train.data.scenes import COLOURS, Scene
+from moss_train.data.synthetic.render import RenderOptions, render, render_command, render_sample
+from moss_train.data.synthetic.scenes import COLOURS, Scene
 from moss_train.errors import ConfigError, DataError
 from moss_train.streams.schema import parse_sample
 
@@ -148,7 +148,7 @@ def test_what_the_same_code_and_options_made_is_left_alone(tmp_path, capsys, mon
     assert render_command(RenderOptions(out=str(out), workers=2, overwrite=True, **few)) == 0
     assert "up to date" in capsys.readouterr().out and still.read_text() == "touched"
     # other code: this module's neighbours are read where it believes to stand
-    monkeypatch.setattr("moss_train.data.render.__file__", str(tmp_path / "render.py"))
+    monkeypatch.setattr("moss_train.data.synthetic.render.__file__", str(tmp_path / "render.py"))
     for name in ("world.py", "scenes.py", "render.py"):
         (tmp_path / name).write_text("# other code")
     with pytest.raises(DataError, match="other code"):
@@ -161,7 +161,7 @@ def test_nothing_is_left_when_encoding_fails(tmp_path, monkeypatch):
     def broken(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("moss_train.data.render.write_still", broken)
+    monkeypatch.setattr("moss_train.data.synthetic.render.write_still", broken)
     with pytest.raises(OSError, match="disk full"):
         render(RenderOptions(out=str(tmp_path / "out"), align=2, temporal=0, sft=0, realtime=0, heldout=0, workers=1))
     assert not list(tmp_path.iterdir())

@@ -19,8 +19,8 @@ from data_samples import (
 )
 
 from moss_train.data.corpus import load_source
-from moss_train.data.index import INDEX_NAME, IndexOptions, build_index, index_command, load_index, write_index
-from moss_train.data.shards import REJECTED_NAME, PackOptions, pack, pack_command
+from moss_train.data.shards.index import INDEX_NAME, IndexOptions, build_index, index_command, load_index, write_index
+from moss_train.data.shards.pack import REJECTED_NAME, PackOptions, pack, pack_command
 from moss_train.errors import DataError
 
 
@@ -120,7 +120,10 @@ def test_nothing_half_written_and_nothing_overwritten_unasked(tmp_path: Path, mo
         pack(staging, out, overwrite=True)
     assert load_index(out).fingerprint == before
     stage_streams(staging, 3)
-    monkeypatch.setattr("moss_train.data.shards.build_index", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+    interrupted = "moss_train.data.shards.pack.build_index"
+    monkeypatch.setattr(interrupted, lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+        "moss_train.data.shards.pack.build_index", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt())
+    )
     with pytest.raises(KeyboardInterrupt):
         pack(staging, out, overwrite=True)
     monkeypatch.undo()

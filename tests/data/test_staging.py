@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from moss_train.data import staging
-from moss_train.data.staging import check_target, staged_folder
+from moss_train.data.shards import staging
+from moss_train.data.shards.staging import check_target, staged_folder
 from moss_train.errors import DataError
 
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moss_train.data import scenes
-from moss_train.data.judge import WorldJudge
-from moss_train.data.render import render_sample
-from moss_train.data.world import KINDS, QUESTIONS, SCENARIOS, STREAM_SECONDS, sample_clip, sample_stream
+from moss_train.data.synthetic import scenes
+from moss_train.data.synthetic.judge import WorldJudge
+from moss_train.data.synthetic.render import render_sample
+from moss_train.data.synthetic.world import KINDS, QUESTIONS, SCENARIOS, STREAM_SECONDS, sample_clip, sample_stream
 from moss_train.streams.compiler import compile_sample
 from moss_train.streams.config import CompilerConfig, TokenizerConfig
 from moss_train.streams.media import MediaInfo

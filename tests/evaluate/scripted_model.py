@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from moss_train.data.world import sample_stream
+from moss_train.data.synthetic.world import sample_stream
 from moss_train.streams.compiled import IGNORED_LABEL, CompiledStream
 from moss_train.streams.compiler import compile_sample
 from moss_train.streams.config import CompilerConfig, TokenizerConfig

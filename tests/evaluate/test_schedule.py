@@ -5,7 +5,7 @@ import math
 import pytest
 from scripted_model import compiled_stream, shipped_tokenizer, world_stream
 
-from moss_train.data.judge import WorldJudge
+from moss_train.data.synthetic.judge import WorldJudge
 from moss_train.errors import ConfigError, SampleError
 from moss_train.evaluate.judges import TextJudge, load_judge
 from moss_train.evaluate.metrics import streaming_figures

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from moss_train.data.world import sample_clip
+from moss_train.data.synthetic.world import sample_clip
 from moss_train.streams.media import MediaInfo
 from moss_train.streams.schema import parse_sample
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moss_train.data.judge import WorldJudge
+from moss_train.data.synthetic.judge import WorldJudge
 from moss_train.evaluate.transcript import Confirmation, Question, Revision, SlotRecord, StreamTranscript, UserTurn
 from moss_train.report.curves import loss_curves, smoothed
 from moss_train.report.html import write_html

@@ -3,8 +3,8 @@
 import pytest
 from small_runs import small_overrides
 
-from moss_train.data.render import RenderOptions, render
-from moss_train.data.shards import pack
+from moss_train.data.shards.pack import pack
+from moss_train.data.synthetic.render import RenderOptions, render
 
 
 @pytest.fixture(scope="session")

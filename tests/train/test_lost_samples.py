@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from moss_train.data.render import RenderOptions, render
-from moss_train.data.shards import pack
+from moss_train.data.shards.pack import pack
+from moss_train.data.synthetic.render import RenderOptions, render
 from moss_train.errors import DataError
 from moss_train.report.metrics_file import FILE_NAME
 from moss_train.train.compose import compose_run

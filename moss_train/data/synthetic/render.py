@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 from rich.progress import Progress
 
-from moss_train.data.scenes import NATIVE_FPS, Clip
-from moss_train.data.staging import check_target, staged_folder
-from moss_train.data.world import sample_clip
+from moss_train.data.shards.staging import check_target, staged_folder
+from moss_train.data.synthetic.scenes import NATIVE_FPS, Clip
+from moss_train.data.synthetic.world import sample_clip
 from moss_train.errors import ConfigError
 
 #: what the training stages learn from: source → [(share, kind of sample)]

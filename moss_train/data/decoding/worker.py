@@ -1,4 +1,4 @@
-"""The decoder process: `python -m moss_train.data.decode_worker`, started by `decode_pool`.
+"""The decoder process: `python -m moss_train.data.decoding.worker`, started by `decode_pool`.
 
 Protocol: `ready` and a newline once; then for each job one line of JSON on standard input, answered by one line of
 JSON on standard output and, if that has `shape`, the pictures as raw uint8. The process ends with its input, so it
@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from moss_train.data.decode_job import DecodeJob, run_job
+from moss_train.data.decoding.job import DecodeJob, run_job
 from moss_train.errors import ConfigError, DataError, SampleError
 
 

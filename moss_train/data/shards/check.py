@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moss_train.data.corpus import Corpus
-from moss_train.data.decode import DecodedArrays
-from moss_train.data.decode_job import run_job
-from moss_train.data.index import (
+from moss_train.data.decoding.decode import DecodedArrays
+from moss_train.data.decoding.job import run_job
+from moss_train.data.decoding.probe import MediaProbe
+from moss_train.data.progress import progress_bar
+from moss_train.data.shards.index import (
     IndexedSample,
     ShardFacts,
     SourceIndex,
@@ -16,8 +18,6 @@ from moss_train.data.index import (
     scan_shard,
     shard_files,
 )
-from moss_train.data.media_probe import MediaProbe
-from moss_train.data.progress import progress_bar
 from moss_train.errors import ConfigError, DataError, SampleError
 from moss_train.streams.compiled import FrameRequest
 from moss_train.streams.config import CompilerConfig, TokenizerConfig

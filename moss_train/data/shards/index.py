@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moss_train.data.decode_job import read_range
-from moss_train.data.media_probe import MediaProbe, probe_media
+from moss_train.data.decoding.job import read_range
+from moss_train.data.decoding.probe import MediaProbe, probe_media
 from moss_train.data.progress import progress_bar
 from moss_train.errors import DataError, SampleError
 from moss_train.streams.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS

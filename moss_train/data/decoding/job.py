@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moss_train.data.decode import DecodedArrays, DecodeLimits, decode_arrays
-from moss_train.data.media_probe import MediaProbe
+from moss_train.data.decoding.decode import DecodedArrays, DecodeLimits, decode_arrays
+from moss_train.data.decoding.probe import MediaProbe
 from moss_train.errors import DataError
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import webdataset
 
-from moss_train.data.index import INDEX_NAME, build_index, write_index
 from moss_train.data.progress import progress_bar
-from moss_train.data.staging import check_target, staged_folder
+from moss_train.data.shards.index import INDEX_NAME, build_index, write_index
+from moss_train.data.shards.staging import check_target, staged_folder
 from moss_train.errors import ConfigError, DataError, SampleError
 from moss_train.streams.schema import parse_sample
 

@@ -2,7 +2,7 @@
 
 import re
 
-from moss_train.data.scenes import ATTRIBUTES
+from moss_train.data.synthetic.scenes import ATTRIBUTES
 
 _WORDS = re.compile(r"\w+")
 #: words that may surround the attribute's value without changing the answer

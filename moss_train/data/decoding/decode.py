@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps
 
-from moss_train.data.media_probe import (
+from moss_train.data.decoding.probe import (
     MediaProbe,
     check_pixels,
     open_video,

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from moss_train.data.decode import DecodedArrays
-from moss_train.data.decode_job import DecodeJob
+from moss_train.data.decoding.decode import DecodedArrays
+from moss_train.data.decoding.job import DecodeJob
 from moss_train.errors import ConfigError, DataError, SampleError
 
 #: seconds a decoder process may take to start (imports, on a crowded machine)
@@ -93,11 +93,11 @@ class _DecoderProcess:
     """One decoder process and the pipe to it."""
 
     def __init__(self) -> None:
-        package_root = str(Path(__file__).resolve().parents[2])
+        package_root = str(Path(__file__).resolve().parents[3])
         paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "moss_train.data.decode_worker"],
+            [sys.executable, "-m", "moss_train.data.decoding.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

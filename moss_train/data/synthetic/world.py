@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moss_train.data.scenes import (
+from moss_train.data.synthetic.scenes import (
     ATTRIBUTES,
     COUNTS,
     SPLITS,
