@@ -122,8 +122,6 @@ def test_nothing_half_written_and_nothing_overwritten_unasked(tmp_path: Path, mo
     stage_streams(staging, 3)
     interrupted = "moss_train.data.shards.pack.build_index"
     monkeypatch.setattr(interrupted, lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
-        "moss_train.data.shards.pack.build_index", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt())
-    )
     with pytest.raises(KeyboardInterrupt):
         pack(staging, out, overwrite=True)
     monkeypatch.undo()
