@@ -38,7 +38,7 @@ class FrameRequest:
 class Slot:
     """What stands after one anchor (or, with `frame = -1`, after the header of an assistant turn)."""
 
-    frame: int  #: index of the anchor's frame in the stream; -1 for the slot that opens a turn
+    frame: int  #: index of the anchor's frame in `frames`; -1 for the slot that opens a turn
     position: int  #: index t of the token whose prediction is this slot's decision
     time_s: float  #: arrival time of the frame; for `frame = -1` the time of the user turn (0.0 for the first)
     state: str  #: "silence", "speak" (a reply starts), "continue" (a running reply goes on) or "unknown"
@@ -70,3 +70,4 @@ class CompiledStream:
     frames: tuple[FrameRequest, ...]  #: F requests, in arrival order
     sinks: int = 0
     slots: tuple[Slot, ...] = field(default_factory=tuple)  #: empty unless kind is "stream"
+    part: int = 0  #: which part of the sample's stream this is, where it was split (see split.py)

@@ -1,5 +1,6 @@
-"""The stream compiler: one checked sample and the facts of its media become one token row.
+"""The compiler: one checked sample and the facts of its media become one token row.
 
+Captions and conversations are written here, streams in `stream_rows.py`.
 Layouts, labels and visibility follow the reference (model_facts C.2-C.4, G.2); the oracle in
 `tests/streams/oracle.py` is written from those notes alone and must agree with what stands here.
 """
@@ -9,22 +10,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from moss_train.errors import SampleError
-from moss_train.streams.compiled import IGNORED_LABEL, CompiledStream, FrameRequest, Kind, Slot
+from moss_train.streams.compiled import CompiledStream, FrameRequest, Kind
 from moss_train.streams.config import CompilerConfig
-from moss_train.streams.jitter import draw_decisions, swap_anchors
-from moss_train.streams.media import (
-    PLACEHOLDERS,
-    MediaInfo,
-    offline_frame_times,
-    stream_frame_count,
-    stream_frame_times,
-)
+from moss_train.streams.media import PLACEHOLDERS, MediaInfo, offline_frame_times
+from moss_train.streams.row import RowWriter
 from moss_train.streams.schema import CaptionSample, ConversationSample, Media, Sample, StreamSample
+from moss_train.streams.stream_rows import plan_stream, write_stream
 from moss_train.streams.template import TurnTemplate
-from moss_train.streams.timeline import Piece, TimelineSlot, build_timeline
 from moss_train.streams.tokenizer import StreamTokenizer
-
-__all__ = ["TurnTemplate", "compile_sample"]
 
 
 def compile_sample(
@@ -40,12 +33,11 @@ def compile_sample(
     `rng` draws the augmentations (arrival jitter); None means none. `jitter`, one decision a frame, replaces
     the drawn ones. Raises SampleError when the sample does not fit its media or the configuration.
     """
-    missing = [medium.id for medium in sample.media if medium.id not in media]
-    if missing:
-        raise SampleError(sample.key, f"media: nothing is known of {', '.join(missing)}; index the source again")
+    check_known(sample, media)
     if isinstance(sample, StreamSample):
-        return _compile_stream(sample, media, tokenizer, config, rng, jitter)
-    row = _Row(tokenizer)
+        plan = plan_stream(sample, media[sample.media[0].id], tokenizer, config, config.max_frames, rng, jitter)
+        return write_stream(plan)
+    row = RowWriter(tokenizer)
     frames = _offline_frames(sample, media, config)
     if isinstance(sample, CaptionSample):
         _write_caption(row, sample, frames, tokenizer, config)
@@ -57,177 +49,11 @@ def compile_sample(
     return row.compiled(sample.key, kind, requests, config)
 
 
-class _Row:
-    """The row while it is written: ids and, for every token, what it teaches as a target (not yet shifted)."""
-
-    def __init__(self, tokenizer: StreamTokenizer):
-        self._special = tokenizer.special
-        self.ids: list[int] = []
-        self.kinds: list[Kind] = []
-
-    def untrained(self, ids: Sequence[int]) -> None:
-        self.trained(ids, Kind.IGNORED)
-
-    def trained(self, ids: Sequence[int], kind: Kind) -> None:
-        self.ids += ids
-        self.kinds += [kind] * len(ids)
-
-    def anchors(self, count: int) -> None:
-        self.untrained([self._special.anchor] * count)
-
-    def jitter(self, decisions: Sequence[bool]) -> None:
-        def swap(first: int, second: int) -> None:
-            for column in (self.ids, self.kinds):
-                column[first], column[second] = column[second], column[first]
-
-        special = self._special
-        swap_anchors(self.ids, decisions, special.anchor, special.silence, special.end_header, swap)
-
-    def compiled(
-        self,
-        key: str,
-        kind: str,
-        frames: tuple[FrameRequest, ...],
-        config: CompilerConfig,
-        slots: tuple[Slot, ...] = (),
-    ) -> CompiledStream:
-        """Shifts the targets to the positions that predict them and derives visibility from the anchors."""
-        ids_T = np.asarray(self.ids, dtype=np.int32)
-        kinds_T = np.zeros(len(ids_T), dtype=np.uint8)
-        kinds_T[:-1] = self.kinds[1:]
-        labels_T = np.full(len(ids_T), IGNORED_LABEL, dtype=np.int32)
-        labels_T[:-1] = ids_T[1:]
-        labels_T[kinds_T == Kind.IGNORED] = IGNORED_LABEL
-        is_anchor_T = ids_T == self._special.anchor
-        hi_T = np.cumsum(is_anchor_T, dtype=np.int32)
-        lo_T = np.zeros_like(hi_T) if config.window is None else np.maximum(0, hi_T - np.int32(config.window))
-        return CompiledStream(
-            key=key,
-            kind=kind,
-            ids=ids_T,
-            labels=labels_T,
-            kinds=kinds_T,
-            weights=(kinds_T != Kind.IGNORED).astype(np.float32),
-            visible_lo=lo_T,
-            visible_hi=hi_T,
-            positions=np.arange(len(ids_T), dtype=np.int32),
-            frame_positions=np.flatnonzero(is_anchor_T).astype(np.int32),
-            frames=frames,
-            sinks=config.sinks,
-            slots=slots,
-        )
-
-
-# --- streams ---------------------------------------------------------------------------------------------
-
-
-def _compile_stream(
-    sample: StreamSample,
-    media: dict[str, MediaInfo],
-    tokenizer: StreamTokenizer,
-    config: CompilerConfig,
-    rng: np.random.Generator | None,
-    jitter: Sequence[bool] | None,
-) -> CompiledStream:
-    arrivals = _arrivals(sample, media[sample.media[0].id], config)
-    timeline = build_timeline(sample, arrivals, config, tokenizer)
-    template = TurnTemplate(tokenizer)
-    row = _Row(tokenizer)
-    row.untrained(template.system_prefix(sample.system))
-    decisions: list[int] = []  # position of the token that predicts each slot, headers only
-    for index, slot in enumerate(timeline):
-        if slot.opens_turn:
-            if index:
-                row.untrained(template.close_turn())
-            row.untrained(template.user_turn(slot.question.text if slot.question else ""))
-        else:
-            row.anchors(1)
-        decisions.append(len(row.ids) - 1)
-        _write_slot(row, slot, tokenizer)
-    row.untrained(template.close_turn())  # the turn's end is external: it is never trained in a stream
-
-    row.jitter(draw_decisions(len(arrivals), config.jitter_probability, rng) if jitter is None else jitter)
-    anchors = [position for position, token in enumerate(row.ids) if token == tokenizer.special.anchor]
-    decisions = [anchors[slot.frame] if slot.frame >= 0 else at for slot, at in zip(timeline, decisions, strict=True)]
-    frames = tuple(FrameRequest(sample.media[0].id, time_s) for time_s in arrivals)
-    return row.compiled(sample.key, "stream", frames, config, _describe_slots(row, timeline, decisions, tokenizer))
-
-
-def _arrivals(sample: StreamSample, info: MediaInfo, config: CompilerConfig) -> list[float]:
-    sampling = sample.sampling
-    fps = sampling.fps or config.fps
-    count = stream_frame_count(fps, sampling.start_s, sampling.end_s)
-    if count > config.max_frames:
-        raise SampleError(
-            sample.key,
-            f"sampling: {count} frames at {fps} fps exceed compiler.max_frames={config.max_frames}; "
-            "split the stream, lower its fps, or raise the limit",
-        )
-    arrivals = stream_frame_times(fps, sampling.start_s, sampling.end_s)
-    if arrivals[-1] > info.duration_s:
-        raise SampleError(
-            sample.key,
-            f"sampling.end_s: the frame at {arrivals[-1]} s lies beyond the video's {info.duration_s} s; lower end_s",
-        )
-    return arrivals
-
-
-def _write_slot(row: _Row, slot: TimelineSlot, tokenizer: StreamTokenizer) -> None:
-    silence = [tokenizer.special.silence]
-    piece = slot.piece
-    if piece is None:
-        kind = Kind.STALE if slot.stale else Kind.IDLE_SILENCE
-        row.trained(silence, kind if slot.taught else Kind.IGNORED)
-        return
-    first, rest = _reply_kinds(piece)
-    row.trained(piece.ids[:1], first)
-    row.trained(piece.ids[1:], rest)
-    if piece.stops:
-        row.trained(silence, Kind.STOP_SILENCE if piece.event.train else Kind.IGNORED)
-
-
-def _reply_kinds(piece: Piece) -> tuple[Kind, Kind]:
-    """What the first and the other tokens of a piece teach."""
-    if not piece.event.train:
-        return Kind.IGNORED, Kind.IGNORED
-    if piece.event.stale:
-        return Kind.STALE, Kind.STALE
-    if piece.event.kind == "revise":
-        return Kind.REVISION, Kind.REVISION
-    return (Kind.ONSET if piece.starts else Kind.TEXT), Kind.TEXT
-
-
-def _describe_slots(
-    row: _Row, timeline: list[TimelineSlot], decisions: list[int], tokenizer: StreamTokenizer
-) -> tuple[Slot, ...]:
-    """The slots as evaluation reads them, from the row as it finally stands."""
-    special = tokenizer.special
-    breaks = {special.anchor, special.end_of_turn, special.silence}
-    slots = []
-    for slot, position in zip(timeline, decisions, strict=True):
-        end = position + 1
-        while row.ids[end] not in breaks:
-            end += 1
-        said = row.ids[position + 1 : end]
-        if slot.piece is not None and said:
-            state = "speak" if slot.piece.starts else "continue"
-        else:  # a jittered frame may have taken a slot's only token
-            state = "silence" if slot.piece is None and slot.taught and not slot.stale else "unknown"
-        slots.append(
-            Slot(
-                frame=slot.frame,
-                position=position,
-                time_s=slot.time_s,
-                state=state,
-                text=tokenizer.decode(said) if said else "",
-                ends=slot.piece is not None and slot.piece.stops,
-                event_id=slot.piece.event.id if slot.piece is not None else None,
-            )
-        )
-    return tuple(slots)
-
-
-# --- captions and conversations --------------------------------------------------------------------------
+def check_known(sample: Sample, media: dict[str, MediaInfo]) -> None:
+    """SampleError unless every medium of the sample is described."""
+    missing = [medium.id for medium in sample.media if medium.id not in media]
+    if missing:
+        raise SampleError(sample.key, f"media: nothing is known of {', '.join(missing)}; index the source again")
 
 
 def _offline_frames(
@@ -267,7 +93,7 @@ _CUT = PLACEHOLDERS["video"]
 
 
 def _write_text(
-    row: _Row,
+    row: RowWriter,
     text: str,
     frame_counts: list[int],
     kind: Kind,
@@ -283,7 +109,7 @@ def _write_text(
 
 
 def _write_caption(
-    row: _Row,
+    row: RowWriter,
     sample: CaptionSample,
     frames: list[list[FrameRequest]],
     tokenizer: StreamTokenizer,
@@ -304,7 +130,7 @@ def _write_caption(
 
 
 def _write_conversation(
-    row: _Row,
+    row: RowWriter,
     sample: ConversationSample,
     frames: list[list[FrameRequest]],
     tokenizer: StreamTokenizer,
@@ -317,7 +143,7 @@ def _write_conversation(
 
 
 def _write_turns(
-    row: _Row,
+    row: RowWriter,
     turns: list[tuple[str, str, bool]],
     counts: list[int],
     tokenizer: StreamTokenizer,

@@ -8,6 +8,7 @@ from moss_train.streams.compiler import compile_sample
 from moss_train.streams.config import CompilerConfig, TokenizerConfig
 from moss_train.streams.media import MediaInfo
 from moss_train.streams.schema import parse_sample
+from moss_train.streams.split import RowBudget, compile_parts
 from moss_train.streams.tokenizer import StreamTokenizer, load_tokenizer
 
 DATA = Path(__file__).parent / "data"
@@ -50,6 +51,12 @@ def compiled(data: dict, config: CompilerConfig | None = None, rng=None, jitter=
     sample = parse_sample(data, "key")
     media = {medium.id: MediaInfo(duration_s, 25.0, int(duration_s * 25)) for medium in sample.media}
     return compile_sample(sample, media, tokenizer(), config or CompilerConfig(), rng, jitter)
+
+
+def parts_of(data: dict, budget: RowBudget | None, config: CompilerConfig | None = None, rng=None):
+    sample = parse_sample(data, "key")
+    media = {medium.id: MediaInfo(86_400.0, 25.0) for medium in sample.media}
+    return compile_parts(sample, media, tokenizer(), config or CompilerConfig(), budget, rng)
 
 
 def layout(row) -> list[str]:

@@ -1,0 +1,182 @@
+"""A stream's token row: its timeline written slot by slot, whole or from one slot to another.
+
+`split.py` decides where a long stream is cut; `compiler.py` writes it whole.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moss_train.errors import SampleError
+from moss_train.streams.compiled import CompiledStream, FrameRequest, Kind, Slot
+from moss_train.streams.config import CompilerConfig
+from moss_train.streams.jitter import draw_decisions
+from moss_train.streams.media import MediaInfo, stream_frame_count, stream_frame_times
+from moss_train.streams.row import RowWriter
+from moss_train.streams.schema import StreamSample
+from moss_train.streams.template import TurnTemplate
+from moss_train.streams.timeline import Piece, TimelineSlot, build_timeline
+from moss_train.streams.tokenizer import StreamTokenizer
+
+#: frames of one sample, split or not: bounds what a hostile or mistaken sample can make the compiler hold
+MAX_SAMPLE_FRAMES = 1 << 18
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """All that is decided of a stream before its row is written."""
+
+    sample: StreamSample
+    tokenizer: StreamTokenizer
+    config: CompilerConfig
+    template: TurnTemplate
+    prefix: list[int]  #: begin of text and the system turn
+    arrivals: list[float]  #: seconds, one a frame
+    timeline: list[TimelineSlot]
+    early: list[bool]  #: one a frame: it arrives one token early where the jitter's rule allows
+
+
+def plan_stream(
+    sample: StreamSample,
+    info: MediaInfo,
+    tokenizer: StreamTokenizer,
+    config: CompilerConfig,
+    max_frames: int,
+    rng: np.random.Generator | None = None,
+    jitter: Sequence[bool] | None = None,
+) -> StreamPlan:
+    """Places every event of the sample; SampleError when it does not fit its video, itself or `max_frames`."""
+    arrivals = _arrivals(sample, info, config, max_frames)
+    template = TurnTemplate(tokenizer)
+    return StreamPlan(
+        sample=sample,
+        tokenizer=tokenizer,
+        config=config,
+        template=template,
+        prefix=template.system_prefix(sample.system),
+        arrivals=arrivals,
+        timeline=build_timeline(sample, arrivals, config, tokenizer),
+        early=draw_decisions(len(arrivals), config.jitter_probability, rng) if jitter is None else list(jitter),
+    )
+
+
+def write_stream(
+    plan: StreamPlan, first: int = 0, end: int | None = None, context: Sequence[int] = (), part: int = 0
+) -> CompiledStream:
+    """The row of the slots [first, end) of the timeline, after the prefix and `context` (untrained ids).
+
+    A row that does not begin the stream must begin with a frame; its frames count from 0.
+    """
+    end = len(plan.timeline) if end is None else end
+    timeline = plan.timeline[first:end]
+    row = RowWriter(plan.tokenizer)
+    row.untrained([*plan.prefix, *context])
+    decisions: list[int] = []  # position of the token that predicts each slot, headers only
+    for index, slot in enumerate(timeline, start=first):
+        row.untrained(opening_ids(plan, slot, index))
+        decisions.append(len(row.ids) - 1)
+        _write_slot(row, slot, plan.tokenizer)
+    if end == len(plan.timeline):
+        row.untrained(plan.template.close_turn())  # the turn's end is external: it is never trained in a stream
+
+    frames = [slot.frame for slot in timeline if slot.frame >= 0]
+    early = [plan.early[frame] for frame in frames]
+    if first:
+        early[0] = False  # the token before it belongs to the part before
+    row.jitter(early)
+    anchors = [position for position, token in enumerate(row.ids) if token == plan.tokenizer.special.anchor]
+    positions = [
+        anchors[slot.frame - frames[0]] if slot.frame >= 0 else at for slot, at in zip(timeline, decisions, strict=True)
+    ]
+    requests = tuple(FrameRequest(plan.sample.media[0].id, plan.arrivals[frame]) for frame in frames)
+    slots = _describe_slots(row, timeline, positions, plan.tokenizer, frames[0] if frames else 0)
+    return row.compiled(plan.sample.key, "stream", requests, plan.config, slots, part)
+
+
+def opening_ids(plan: StreamPlan, slot: TimelineSlot, index: int) -> list[int]:
+    """What stands before what slot `index` of the timeline says: an anchor, or the user's turn and a header."""
+    if not slot.opens_turn:
+        return [plan.tokenizer.special.anchor]
+    turn = plan.template.user_turn(slot.question.text if slot.question else "")
+    return [*plan.template.close_turn(), *turn] if index else turn
+
+
+def said_length(slot: TimelineSlot) -> int:
+    """Tokens that a slot says, its silence included."""
+    return 1 if slot.piece is None else len(slot.piece.ids) + slot.piece.stops
+
+
+def _arrivals(sample: StreamSample, info: MediaInfo, config: CompilerConfig, max_frames: int) -> list[float]:
+    sampling = sample.sampling
+    fps = sampling.fps or config.fps
+    count = stream_frame_count(fps, sampling.start_s, sampling.end_s)
+    if count > max_frames:
+        limit = f"compiler.max_frames={max_frames}" if max_frames < MAX_SAMPLE_FRAMES else f"the limit of {max_frames}"
+        raise SampleError(
+            sample.key,
+            f"sampling: {count} frames at {fps} fps exceed {limit}; "
+            "lower its fps, raise the limit, or have long streams cut (data.over_budget=split)",
+        )
+    arrivals = stream_frame_times(fps, sampling.start_s, sampling.end_s)
+    if arrivals[-1] > info.duration_s:
+        raise SampleError(
+            sample.key,
+            f"sampling.end_s: the frame at {arrivals[-1]} s lies beyond the video's {info.duration_s} s; lower end_s",
+        )
+    return arrivals
+
+
+def _write_slot(row: RowWriter, slot: TimelineSlot, tokenizer: StreamTokenizer) -> None:
+    silence = [tokenizer.special.silence]
+    piece = slot.piece
+    if piece is None:
+        kind = Kind.STALE if slot.stale else Kind.IDLE_SILENCE
+        row.trained(silence, kind if slot.taught else Kind.IGNORED)
+        return
+    first, rest = _reply_kinds(piece)
+    row.trained(piece.ids[:1], first)
+    row.trained(piece.ids[1:], rest)
+    if piece.stops:
+        row.trained(silence, Kind.STOP_SILENCE if piece.event.train else Kind.IGNORED)
+
+
+def _reply_kinds(piece: Piece) -> tuple[Kind, Kind]:
+    """What the first and the other tokens of a piece teach."""
+    if not piece.event.train:
+        return Kind.IGNORED, Kind.IGNORED
+    if piece.event.stale:
+        return Kind.STALE, Kind.STALE
+    if piece.event.kind == "revise":
+        return Kind.REVISION, Kind.REVISION
+    return (Kind.ONSET if piece.starts else Kind.TEXT), Kind.TEXT
+
+
+def _describe_slots(
+    row: RowWriter, timeline: list[TimelineSlot], decisions: list[int], tokenizer: StreamTokenizer, first_frame: int
+) -> tuple[Slot, ...]:
+    """The slots as evaluation reads them, from the row as it finally stands; frames count from `first_frame`."""
+    special = tokenizer.special
+    breaks = {special.anchor, special.end_of_turn, special.silence}
+    slots = []
+    for slot, position in zip(timeline, decisions, strict=True):
+        end = position + 1
+        while end < len(row.ids) and row.ids[end] not in breaks:
+            end += 1
+        said = row.ids[position + 1 : end]
+        if slot.piece is not None and said:
+            state = "speak" if slot.piece.starts else "continue"
+        else:  # a jittered frame may have taken a slot's only token
+            state = "silence" if slot.piece is None and slot.taught and not slot.stale else "unknown"
+        slots.append(
+            Slot(
+                frame=slot.frame - first_frame if slot.frame >= 0 else -1,
+                position=position,
+                time_s=slot.time_s,
+                state=state,
+                text=tokenizer.decode(said) if said else "",
+                ends=slot.piece is not None and slot.piece.stops,
+                event_id=slot.piece.event.id if slot.piece is not None else None,
+            )
+        )
+    return tuple(slots)
