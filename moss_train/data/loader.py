@@ -25,15 +25,7 @@ from moss_train.data.corpus import Corpus, load_source
 from moss_train.data.decoding.pool import DecodeFailure, DecodePool
 from moss_train.data.frame_store import FrameStore, PendingFrames
 from moss_train.data.order import augmentation_rng
-from moss_train.data.packing import (
-    CostModel,
-    bounds_of_kept,
-    cut_frames,
-    cut_microbatches,
-    deal_rows,
-    microbatch_count,
-    pack_rows,
-)
+from moss_train.data.packing import RowLimits, bounds_of_kept, cut_frames, plan_rank_rows
 from moss_train.data.quarantine import Fault, Quarantine
 from moss_train.errors import ConfigError, DataError, MossTrainError, SampleError
 from moss_train.streams.compiled import CompiledStream
@@ -161,7 +153,6 @@ class Loader:
         self._image_size = image_size
         self._augmented = augmented
         self._place = place
-        self._cost = CostModel()
         pool = DecodePool(data.workers, data.decode_timeout_s) if data.workers else None
         self._store = FrameStore(pool, data.frame_cache_mb)
         self._streams = _StreamCache(data.compiled_cache_mb)
@@ -330,16 +321,16 @@ class Loader:
                 plan.over_budget.append(compiled)
             else:
                 plan.streams.append(_Stream(corpus, compiled))
-        lengths = [(len(stream.compiled.ids), len(stream.compiled.frames)) for stream in plan.streams]
-        rows = [[number] for number in range(len(lengths))]
-        if self._data.pack:
-            tokens, frames = [t for t, _ in lengths], [f for _, f in lengths]
-            rows = pack_rows(tokens, frames, self._data.pack_text_tokens, self._data.pack_frames)
-        costs = [sum(self._cost.stream(*lengths[stream]) for stream in row) for row in rows]
         place = self._place
-        mine = deal_rows(costs, place.data_ranks)[place.data_rank]
-        count = microbatch_count(len(rows), place.data_ranks, self._data.micro_batch_rows, place.microbatch_multiple)
-        plan.microbatches = [[rows[row] for row in run] for run in cut_microbatches(mine, count)]
+        plan.microbatches = plan_rank_rows(
+            [len(stream.compiled.ids) for stream in plan.streams],
+            [len(stream.compiled.frames) for stream in plan.streams],
+            RowLimits.of(self._data),
+            self._data.cost,
+            place.data_rank,
+            place.data_ranks,
+            place.microbatch_multiple,
+        )
         for run in plan.microbatches:
             self._request_frames(plan, [number for row in run for number in row])
         return plan

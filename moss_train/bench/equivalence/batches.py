@@ -6,7 +6,8 @@ from moss_train.bench.equivalence.cases import Case, Problem
 from moss_train.bench.equivalence.streams import IMAGE_SIZE, MAX_FRAMES, MAX_TOKENS, global_batch
 from moss_train.data.batch import Batch, FrameShare
 from moss_train.data.collate import RowStream, collate
-from moss_train.data.packing import CostModel, cut_microbatches, deal_rows, microbatch_count, pack_rows
+from moss_train.data.config import CostConfig
+from moss_train.data.packing import RowLimits, pack_rows, plan_rank_rows
 from moss_train.parallel.groups import ParallelState
 
 
@@ -18,25 +19,22 @@ def single_rows(problem: Problem, step: int) -> list[Batch]:
 def packed_rows(problem: Problem, step: int) -> list[Batch]:
     """The same streams in rows as full as can be, all in one microbatch."""
     streams = global_batch(problem.streams, problem.seed, step)
-    return [collate([[streams[n] for n in row] for row in _rows(streams, pack=True)], IMAGE_SIZE)]
+    rows = pack_rows(*_lengths(streams), MAX_TOKENS, MAX_FRAMES)
+    return [collate([[streams[n] for n in row] for row in rows], IMAGE_SIZE)]
 
 
 def microbatches(case: Case, step: int, state: ParallelState) -> list[Batch]:
     """What process `state` trains on in step `step`."""
     streams = global_batch(case.problem.streams, case.problem.seed, step)
-    rows = _rows(streams, case.pack)
-    cost = CostModel()
-    costs = [sum(cost.stream(len(streams[n][0].ids), len(streams[n][0].frames)) for n in row) for row in rows]
+    limits = RowLimits(MAX_TOKENS, MAX_FRAMES, case.micro_batch_rows, case.pack)
     # The interleaved schedule runs as many microbatches at a time as there are stages.
     multiple = case.layout.pp if case.layout.vpp > 1 else 1
-    count = microbatch_count(len(rows), state.data_ranks, case.micro_batch_rows, multiple)
-    runs = cut_microbatches(deal_rows(costs, state.data_ranks)[state.data_rank], count)
+    plan = plan_rank_rows(
+        *_lengths(streams), limits, CostConfig(), rank=state.data_rank, ranks=state.data_ranks, multiple=multiple
+    )
     share = FrameShare(state.share_rank, state.share_ranks)
-    return [collate([[streams[n] for n in rows[row]] for row in run], IMAGE_SIZE).share(share) for run in runs]
+    return [collate([[streams[n] for n in row] for row in rows], IMAGE_SIZE).share(share) for rows in plan]
 
 
-def _rows(streams: Sequence[RowStream], pack: bool) -> list[list[int]]:
-    if not pack:
-        return [[number] for number in range(len(streams))]
-    tokens, frames = [len(stream.ids) for stream, _ in streams], [len(stream.frames) for stream, _ in streams]
-    return pack_rows(tokens, frames, MAX_TOKENS, MAX_FRAMES)
+def _lengths(streams: Sequence[RowStream]) -> tuple[list[int], list[int]]:
+    return [len(stream.ids) for stream, _ in streams], [len(stream.frames) for stream, _ in streams]
