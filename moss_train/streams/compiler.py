@@ -12,9 +12,15 @@ import numpy as np
 from moss_train.errors import SampleError
 from moss_train.streams.compiled import CompiledStream, FrameRequest, Kind
 from moss_train.streams.config import CompilerConfig
-from moss_train.streams.media import PLACEHOLDERS, MediaInfo, offline_frame_times
+from moss_train.streams.media import (
+    PLACEHOLDERS,
+    MediaInfo,
+    offline_frame_times,
+    stream_frame_count,
+    stream_frame_times,
+)
 from moss_train.streams.row import RowWriter
-from moss_train.streams.schema import CaptionSample, ConversationSample, Media, Sample, StreamSample
+from moss_train.streams.schema import CaptionSample, ConversationSample, Media, OfflineSampling, Sample, StreamSample
 from moss_train.streams.stream_rows import plan_stream, write_stream
 from moss_train.streams.template import TurnTemplate
 from moss_train.streams.tokenizer import StreamTokenizer
@@ -68,18 +74,44 @@ def _frames_of(
 ) -> list[FrameRequest]:
     if medium.kind == "image":
         return [FrameRequest(medium.id, 0.0)]
-    sampling = sample.sampling
-    fps = (sampling and sampling.fps) or config.fps
-    max_frames = min((sampling and sampling.max_frames) or config.max_frames, config.max_frames)
-    min_frames = min((sampling and sampling.min_frames) or config.min_frames, max_frames)
-    start_s, end_s = (sampling.start_s, sampling.end_s) if sampling else (0.0, None)
-    times = offline_frame_times(info, fps, min_frames, max_frames, start_s, end_s)
-    if not times:
+    times_s = _offline_times(sample, info, config)
+    if not times_s:
+        start_s = sample.sampling.start_s if sample.sampling else 0.0
         raise SampleError(
             sample.key,
             f"sampling: video {medium.id!r} ({info.duration_s} s) has no frame from {start_s} s on; mend the range",
         )
-    return [FrameRequest(medium.id, time_s) for time_s in times]
+    return [FrameRequest(medium.id, time_s) for time_s in times_s]
+
+
+def _offline_times(sample: CaptionSample | ConversationSample, info: MediaInfo, config: CompilerConfig) -> list[float]:
+    """The times (seconds) of a video's frames, as the sample or else the configuration wants them."""
+    sampling = sample.sampling or OfflineSampling()
+    max_frames = min(sampling.max_frames or config.max_frames, config.max_frames)
+    if sampling.times_s is not None:
+        _refuse_beyond(sample, "sampling.times_s", len(sampling.times_s), max_frames)
+        if sampling.times_s[-1] > info.duration_s:
+            fault = f"{sampling.times_s[-1]} s lies beyond the video's {info.duration_s} s; remove it"
+            raise SampleError(sample.key, f"sampling.times_s: {fault}")
+        return sampling.times_s
+    fps = sampling.fps or config.fps
+    if config.sampling == "fixed_rate":
+        end_s = info.duration_s if sampling.end_s is None else min(sampling.end_s, info.duration_s)
+        if end_s <= sampling.start_s:
+            return []
+        _refuse_beyond(sample, "sampling", stream_frame_count(fps, sampling.start_s, end_s), max_frames)
+        return stream_frame_times(fps, sampling.start_s, end_s)
+    min_frames = min(sampling.min_frames or config.min_frames, max_frames)
+    rate = None if config.sampling == "uniform" else fps
+    return offline_frame_times(info, rate, min_frames, max_frames, sampling.start_s, sampling.end_s)
+
+
+def _refuse_beyond(sample: Sample, where: str, count: int, max_frames: int) -> None:
+    if count > max_frames:
+        raise SampleError(
+            sample.key,
+            f"{where}: {count} frames exceed the limit of {max_frames}; ask for fewer or raise compiler.max_frames",
+        )
 
 
 def _split_at_media(text: str) -> list[str]:

@@ -18,6 +18,9 @@ REFERENCE_SPECIAL_STRINGS: dict[str, str] = {
     "ellipsis": "<|...|>",
 }
 
+#: how the frames of an offline video are chosen
+SAMPLING_MODES = ("reference", "uniform", "fixed_rate")
+
 OPTIONAL_ROLES = frozenset({"ellipsis"})
 
 
@@ -60,11 +63,17 @@ class CompilerConfig:
     fps: float = 1.0
     """Frames a second, where the sample does not say; the reference trains at 1 (2 in pretraining)."""
 
+    sampling: str = "reference"
+    """Which frames of an offline video: `reference` (one every 1 / fps seconds, evenly spread where that is too few or
+    too many), `uniform` (`max_frames`, evenly spread, whatever its length) or `fixed_rate` (one every 1 / fps seconds;
+    a video with more than `max_frames` of them is refused). A sample's own `times_s` win. Streams have a fixed rate."""
+
     min_frames: int = 1
     """Fewest frames of an offline video, if it has as many; the reference uses 8 offline."""
 
     max_frames: int = 256
-    """Most frames of a video: longer offline videos are sampled evenly, longer streams are refused."""
+    """Most frames of a video: longer offline videos are sampled evenly, longer streams are refused, or cut where the
+    loader splits."""
 
     tokens_per_second: float = 38.0
     """Rate at which a reply without exact times is emitted; 38 is the reference's measured decoding speed."""
@@ -88,6 +97,7 @@ class CompilerConfig:
     """Mark silence between a revision's evidence and the revision as stale: the standing answer is wrong by then."""
 
     def validate(self) -> None:
+        self._require("sampling", self.sampling in SAMPLING_MODES, f"is none of {', '.join(SAMPLING_MODES)}")
         self._require("fps", self.fps > 0, "must be above 0 frames a second")
         self._require("min_frames", self.min_frames >= 1, "must be at least 1")
         self._require("max_frames", self.max_frames >= self.min_frames, f"must be at least {self.min_frames=}")

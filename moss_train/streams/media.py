@@ -38,7 +38,7 @@ class MediaInfo:
 
 def offline_frame_times(
     info: MediaInfo,
-    fps: float,
+    fps: float | None,
     min_frames: int,
     max_frames: int,
     start_s: float = 0.0,
@@ -48,26 +48,27 @@ def offline_frame_times(
 
     n = min(max(ceil(duration * fps), min_frames), max_frames, total); the frames are `int(i * rate / fps)`
     when n is what fps asks for and `linspace(0, total - 1, n)` otherwise, each given as index / rate. With
-    `start_s`/`end_s` the same holds for that part of the video. Without a known frame rate the same spacing
-    is applied to time itself. The list is empty when the part holds no frame.
+    `fps = None` n is min(max_frames, total), spread the latter way. With `start_s`/`end_s` the same holds for that
+    part of the video. Without a known frame rate the same spacing is applied to time itself. The list is empty
+    when the part holds no frame.
     """
     end_s = info.duration_s if end_s is None else min(end_s, info.duration_s)
     duration_s = end_s - start_s
     if duration_s <= 0:
         return []
-    target = math.ceil(duration_s * fps - 1e-6)
-    wanted = min(max(target, min_frames), max_frames)
+    target = None if fps is None else math.ceil(duration_s * fps - 1e-6)
+    wanted = max_frames if target is None else min(max(target, min_frames), max_frames)
     rate, total = info.frame_rate, info.countable_frames()
     if not rate:
         count = min(wanted, total) if total else wanted
-        step_s = 1.0 / fps if count == target else duration_s / count
+        step_s = 1.0 / fps if fps is not None and count == target else duration_s / count
         return [start_s + index * step_s for index in range(count)]
     first = round(start_s * rate)
     total = max(1, round(duration_s * rate)) if total is None else min(total - first, max(1, round(duration_s * rate)))
     count = min(wanted, total)
     if count <= 0:
         return []
-    if count == target:
+    if fps is not None and count == target:
         indices = [min(int(index * rate / fps), total - 1) for index in range(count)]
     else:
         indices = np.linspace(0, total - 1, count).astype(int).tolist()
@@ -80,5 +81,5 @@ def stream_frame_count(fps: float, start_s: float, end_s: float) -> int:
 
 
 def stream_frame_times(fps: float, start_s: float, end_s: float) -> list[float]:
-    """Arrival times of a stream's frames: start_s + k / fps while < end_s."""
+    """Arrival times of frames at a fixed rate: start_s + k / fps while < end_s."""
     return [start_s + index / fps for index in range(stream_frame_count(fps, start_s, end_s))]

@@ -1,6 +1,7 @@
 """What must hold between the fields of a sample. Each fault is raised with the path of its field and the remedy."""
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from pydantic_core import PydanticCustomError
@@ -8,7 +9,7 @@ from pydantic_core import PydanticCustomError
 from moss_train.streams.media import PLACEHOLDERS, SAME_MOMENT_S, VIDEO_EXTENSIONS
 
 if TYPE_CHECKING:
-    from moss_train.streams.schema import CaptionSample, ConversationSample, Media, Reply, StreamSample
+    from moss_train.streams.schema import CaptionSample, ConversationSample, Media, OfflineSampling, Reply, StreamSample
 
 
 def path_text(parts: Iterable[str | int]) -> str:
@@ -61,9 +62,23 @@ def _check_placeholders(path: tuple, kinds: list[str], media: "list[Media]") -> 
             )
 
 
-def _check_offline_sampling(sampling) -> None:
+def _check_times(times_s: list[float]) -> None:
+    for index, (earlier, later) in enumerate(pairwise(times_s), start=1):
+        if later <= earlier + SAME_MOMENT_S:
+            fail(("sampling", "times_s", index), f"{later} is not after the time above it ({earlier}); sort them")
+
+
+def _check_offline_sampling(sampling: "OfflineSampling | None", media: "list[Media]") -> None:
     if sampling is None:
         return
+    if sampling.times_s is not None:
+        others = sorted(sampling.model_fields_set - {"times_s"})
+        if others:
+            fail(("sampling", others[0]), "has no effect beside times_s; remove one of them")
+        videos = sum(medium.kind == "video" for medium in media)
+        if videos != 1:
+            fail(("sampling", "times_s"), f"names frames of one video, the sample has {videos}; split the sample")
+        _check_times(sampling.times_s)
     if sampling.end_s is not None and sampling.end_s <= sampling.start_s:
         fail(("sampling", "end_s"), f"{sampling.end_s} is not after start_s {sampling.start_s}; swap or drop them")
     if sampling.min_frames and sampling.max_frames and sampling.min_frames > sampling.max_frames:
@@ -72,7 +87,7 @@ def _check_offline_sampling(sampling) -> None:
 
 def check_caption(sample: "CaptionSample") -> None:
     check_media(sample.media)
-    _check_offline_sampling(sample.sampling)
+    _check_offline_sampling(sample.sampling, sample.media)
     kinds = placeholders_of(sample.prompt + sample.text)
     if kinds:
         _check_placeholders(("text",), kinds, sample.media)
@@ -80,7 +95,7 @@ def check_caption(sample: "CaptionSample") -> None:
 
 def check_conversation(sample: "ConversationSample") -> None:
     check_media(sample.media)
-    _check_offline_sampling(sample.sampling)
+    _check_offline_sampling(sample.sampling, sample.media)
     for index, message in enumerate(sample.messages):
         expected = "assistant" if index % 2 else "user"
         if message.role != expected:
@@ -101,6 +116,13 @@ def check_stream(sample: "StreamSample") -> None:
     start_s, end_s = sample.sampling.start_s, sample.sampling.end_s
     if end_s <= start_s:
         fail(("sampling", "end_s"), f"{end_s} is not after start_s {start_s}; give the range that is watched")
+    times_s = sample.sampling.times_s
+    if times_s is not None:
+        if sample.sampling.fps is not None:
+            fail(("sampling", "fps"), "has no effect beside times_s; remove one of them")
+        _check_times(times_s)
+        if not start_s <= times_s[0] or not times_s[-1] < end_s:
+            fail(("sampling", "times_s"), f"must lie in [start_s, end_s) = [{start_s}, {end_s}); mend either")
     duration_s = sample.media[0].duration_s
     if duration_s is not None and start_s >= duration_s:
         fail(("sampling", "start_s"), f"{start_s} is not inside the video of {duration_s} s")

@@ -42,7 +42,8 @@ class Media(Strict):
 class OfflineSampling(Strict):
     """Which frames of each video are shown; what is absent comes from the compiler's configuration.
 
-    `max_frames` can lower the configuration's limit, not raise it.
+    `max_frames` can lower the configuration's limit, not raise it. `times_s` names the frames one by one and stands
+    alone.
     """
 
     fps: Rate | None = None
@@ -50,6 +51,8 @@ class OfflineSampling(Strict):
     max_frames: Annotated[int, Field(ge=1)] | None = None
     start_s: NonNegative = 0.0
     end_s: Seconds | None = None
+    times_s: Annotated[list[NonNegative], Field(min_length=1)] | None = None
+    """Seconds of the video's clock, ascending: the frames on screen then are shown. For samples with one video."""
 
 
 class StreamSampling(Strict):
@@ -58,6 +61,8 @@ class StreamSampling(Strict):
     fps: Rate | None = None
     start_s: NonNegative = 0.0
     end_s: Seconds
+    times_s: Annotated[list[NonNegative], Field(min_length=1)] | None = None
+    """When the frames arrive, ascending, instead of at a rate; the last lasts until end_s."""
 
 
 class UserEvent(Strict):

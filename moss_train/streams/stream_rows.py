@@ -110,19 +110,20 @@ def said_length(slot: TimelineSlot) -> int:
 def _arrivals(sample: StreamSample, info: MediaInfo, config: CompilerConfig, max_frames: int) -> list[float]:
     sampling = sample.sampling
     fps = sampling.fps or config.fps
-    count = stream_frame_count(fps, sampling.start_s, sampling.end_s)
+    count = len(sampling.times_s or ()) or stream_frame_count(fps, sampling.start_s, sampling.end_s)
     if count > max_frames:
         limit = f"compiler.max_frames={max_frames}" if max_frames < MAX_SAMPLE_FRAMES else f"the limit of {max_frames}"
         raise SampleError(
             sample.key,
-            f"sampling: {count} frames at {fps} fps exceed {limit}; "
-            "lower its fps, raise the limit, or have long streams cut (data.over_budget=split)",
+            f"sampling: {count} frames{'' if sampling.times_s else f' at {fps} fps'} exceed {limit}; "
+            "ask for fewer, raise the limit, or have long streams cut (data.over_budget=split)",
         )
-    arrivals = stream_frame_times(fps, sampling.start_s, sampling.end_s)
+    arrivals = sampling.times_s or stream_frame_times(fps, sampling.start_s, sampling.end_s)
     if arrivals[-1] > info.duration_s:
         raise SampleError(
             sample.key,
-            f"sampling.end_s: the frame at {arrivals[-1]} s lies beyond the video's {info.duration_s} s; lower end_s",
+            f"sampling: the frame at {arrivals[-1]} s lies beyond the video's {info.duration_s} s; lower end_s or "
+            "drop the time",
         )
     return arrivals
 

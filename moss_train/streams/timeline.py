@@ -77,9 +77,10 @@ def _open_slots(sample: StreamSample, arrivals: list[float]) -> tuple[list[Timel
     """Empty slots in order, and for each user event the slot after its header."""
     start_s, end_s = sample.sampling.start_s, sample.sampling.end_s
     questions = [event for event in sample.events if isinstance(event, UserEvent)]
-    opening = [event for event in questions if event.t <= start_s + SAME_MOMENT_S]
+    opening = [event for event in questions if event.t <= start_s + SAME_MOMENT_S or event.t < arrivals[0]]
     later = questions[len(opening) :]
-    slots = [TimelineSlot(-1, start_s, end_s, True, event) for event in opening or [None]]
+    slots = [TimelineSlot(-1, event.t, end_s, True, event) for event in opening]
+    slots = slots or [TimelineSlot(-1, start_s, end_s, True)]
     for frame, arrival in enumerate(arrivals):
         slots.append(TimelineSlot(frame, arrival, end_s, False))
         following = arrivals[frame + 1] if frame + 1 < len(arrivals) else float("inf")

@@ -28,6 +28,15 @@ CONFIGS = st.builds(
 
 
 @st.composite
+def _arrivals(draw, end_s: float) -> dict:
+    """At a rate, or at uneven times."""
+    if draw(st.integers(0, 3)):
+        return {"fps": draw(st.sampled_from([0.7, 1.0, 2.0]))}
+    eighths = draw(st.sets(st.integers(0, int(end_s * 8) - 1), min_size=1, max_size=int(end_s * 2)))
+    return {"times_s": [eighth / 8 for eighth in sorted(eighths)]}
+
+
+@st.composite
 def streams(draw, ends_s: tuple[float, ...] = (1.0, 4.0, 9.5), most_events: int = 6) -> dict:
     end_s = draw(st.sampled_from(ends_s))
     times = sorted(draw(st.lists(st.integers(0, int(end_s * 4) - 1), max_size=most_events)))
@@ -61,7 +70,7 @@ def streams(draw, ends_s: tuple[float, ...] = (1.0, 4.0, 9.5), most_events: int 
         "schema": "moss_train/stream@1",
         "id": "random",
         "media": [{"id": "v0", "kind": "video", "member": "mp4"}],
-        "sampling": {"fps": draw(st.sampled_from([0.7, 1.0, 2.0])), "end_s": end_s},
+        "sampling": {"end_s": end_s} | draw(_arrivals(end_s)),
         "silence": "explicit" if explicit else "implicit",
         "events": events,
     }

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from stream_cases import compiled, rows, tokenizer
 
-from moss_train.errors import SampleError
+from moss_train.errors import ConfigError, SampleError
 from moss_train.streams.compiled import IGNORED_LABEL, FrameRequest, Kind
 from moss_train.streams.compiler import compile_sample
 from moss_train.streams.config import CompilerConfig
@@ -188,6 +188,46 @@ def test_the_samples_own_sampling_wins():
     data["sampling"]["max_frames"] = 3
     assert len(compiled(data).frames) == 3
     assert len(compiled(data, CompilerConfig(max_frames=2)).frames) == 2
+
+
+def times_of(config: CompilerConfig, duration_s: float = 600.0, **sampling) -> list[float]:
+    data = conversation(("user", "<|video|>?"), ("assistant", "Yes."), media="v", sampling=sampling)
+    return [request.time_s for request in compiled(data, config, duration_s=duration_s).frames]
+
+
+def test_sampling_modes():
+    uniform = CompilerConfig(sampling="uniform", max_frames=4)
+    assert times_of(uniform, 10.0) == [0.0, 3.32, 6.64, 9.96]  # at 25 frames a second, from the first to the last
+    assert times_of(uniform, 0.1) == [0.0, 0.04]  # no more than there are
+    assert times_of(uniform, 10.0, max_frames=2, start_s=2.0, end_s=4.0) == [2.0, 3.96]
+    fixed = CompilerConfig(sampling="fixed_rate", max_frames=4, min_frames=3)
+    assert times_of(fixed, 1.9) == [0.0, 1.0]  # never evened out to reach min_frames
+    assert times_of(fixed, 10.0, start_s=2.5, end_s=4.0, fps=2.0) == [2.5, 3.0, 3.5]
+    with pytest.raises(SampleError, match="sampling: 10 frames exceed the limit of 4"):
+        times_of(fixed, 10.0)
+    with pytest.raises(SampleError, match="exceed the limit of 4"):
+        times_of(fixed, 1e8, fps=1000.0)  # counted, never listed
+    with pytest.raises(SampleError, match="no frame from 20.0 s on"):
+        times_of(fixed, 10.0, start_s=20.0)
+    with pytest.raises(ConfigError, match="sampling='uniformly' is none of reference, uniform, fixed_rate"):
+        CompilerConfig(sampling="uniformly").validate()
+
+
+@pytest.mark.parametrize("mode", ["reference", "uniform", "fixed_rate"])
+def test_frames_named_by_their_times(mode):
+    config = CompilerConfig(sampling=mode, max_frames=3)
+    assert times_of(config, times_s=[0.5, 7.25, 8.0]) == [0.5, 7.25, 8.0]
+    with pytest.raises(SampleError, match="sampling.times_s: 4 frames exceed the limit of 3"):
+        times_of(config, times_s=[0.5, 7.25, 8.0, 9.0])
+    with pytest.raises(SampleError, match="sampling.times_s: 9.0 s lies beyond"):
+        times_of(config, 8.5, times_s=[0.5, 9.0])
+    with pytest.raises(SampleError, match=r"sampling.times_s\[1\]: 0.5 is not after"):
+        times_of(config, times_s=[0.5, 0.5])
+    with pytest.raises(SampleError, match="sampling.fps: has no effect beside times_s"):
+        times_of(config, times_s=[0.5], fps=1.0)
+    two = conversation(("user", "<|video|><|video|>?"), ("assistant", "Yes."), media="vv", sampling={"times_s": [1.0]})
+    with pytest.raises(SampleError, match="sampling.times_s: names frames of one video, the sample has 2"):
+        compiled(two)
 
 
 def test_media_that_are_unknown_or_too_short():

@@ -211,3 +211,32 @@ def test_samples_that_do_not_fit(data, config, message):
     with pytest.raises(SampleError, match=message) as caught:
         compiled(data, CompilerConfig(**config))
     assert caught.value.key == "key"
+
+
+def test_frames_that_arrive_at_given_times():
+    even = stream(user(1.5), say(3.0, "It is red."), end_s=6.0)
+    at_times = even | {"sampling": {"times_s": [0.0, 1.0, 2.0, 3.0, 4.0, 5.0], "end_s": 6.0}}
+    assert compiled(even).slots == compiled(at_times).slots and compiled(even).frames == compiled(at_times).frames
+
+    uneven = stream(user(1.0), say(2.5, "abc"), sampling={"times_s": [2.0, 2.25, 3.0, 5.5], "end_s": 6.0})
+    row = compiled(uneven, CompilerConfig(tokens_per_second=1.0))
+    # asked before anything is shown: the question opens the stream; one token a second between uneven frames
+    assert layout(row) == "U:Where is it? A _ #_ #_ #ab #c_ |"
+    assert [slot.time_s for slot in row.slots] == [1.0, 2.0, 2.25, 3.0, 5.5]
+    answer = stream(user(1.0), say(1.0, "Wait."), sampling={"times_s": [2.0, 2.5], "end_s": 6.0})
+    assert layout(compiled(answer)) == "U:Where is it? A Wait._ #_ #_ |"
+
+
+@pytest.mark.parametrize(
+    ("sampling", "fault"),
+    [
+        ({"times_s": [1.0, 2.0], "fps": 1.0}, "sampling.fps: has no effect beside times_s"),
+        ({"times_s": [2.0, 1.0]}, r"sampling.times_s\[1\]: 1.0 is not after"),
+        ({"times_s": [1.0, 6.0]}, "sampling.times_s: must lie in"),
+        ({"times_s": [1.0, 2.0], "start_s": 1.5}, "sampling.times_s: must lie in"),
+        ({"times_s": []}, "sampling.times_s: "),
+    ],
+)
+def test_times_that_are_refused(sampling, fault):
+    with pytest.raises(SampleError, match=fault):
+        compiled(stream(sampling=sampling | {"end_s": 6.0}))
