@@ -1,0 +1,1 @@
+"""Hostile and damaged inputs, and the way of a user on which they are tried."""
