@@ -24,7 +24,7 @@ PREFETCH_TRANSFERS = 4
 #: longest wait between two tries, seconds
 LONGEST_WAIT_S = 60.0
 #: a try that brought so much more than all before it is progress: the tries are counted anew
-PROGRESS_BYTES = 8 << 20
+PROGRESS_BYTES = 4 << 20
 #: how often a file of unknown size makes room for itself
 UNSIZED_STEP_BYTES = 64 << 20
 
@@ -116,7 +116,7 @@ class ShardStore:
         self._retries = retries
         self._timeout_s = timeout_s
         self._closed = threading.Event()
-        self._sleep = sleep or self._closed.wait
+        self._sleep = sleep if sleep is not None else self._closed.wait
         self._lock = threading.Lock()
         self._current: set[str] = set()  # locations whose copy this process has fetched or compared with the original
         self._pending: dict[str, Future[None]] = {}
@@ -219,7 +219,7 @@ class ShardStore:
                         raise TransferError("the store was closed", final=True)
                     try:
                         self._try(location, size, path, partial)
-                    except TransferError:
+                    except BaseException:
                         reached = os.fstat(partial.fileno()).st_size
                         if reached == 0:
                             self.cache.discard(path)
