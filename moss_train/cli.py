@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data render": ("moss_train.data.synthetic.render:render", "render the built-in synthetic clips"),
     "data convert": ("moss_train.data.convert:convert", "convert annotations and media to samples"),
     "data pack": ("moss_train.data.shards.pack:pack", "write samples into indexed tar shards"),
-    "data index": ("moss_train.data.shards.index_build:index", "index existing tar shards"),
+    "data index": ("moss_train.data.shards.index_command:index", "index existing tar shards"),
     "data check": ("moss_train.data.shards.check:check", "validate shards, samples and media"),
     "convert verify": ("moss_train.checkpoint.verify:verify", "compare the model with reference outputs"),
     "eval": ("moss_train.train.evaluate_command:evaluate", "free-running figures of a checkpoint on packed streams"),

@@ -1,22 +1,32 @@
 """One packed source, sample by sample: its JSON, its media's facts, its compiled streams and its pictures."""
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
+from moss_train.data.config import DataConfig
 from moss_train.data.decoding.decode import DecodedArrays, DecodeLimits
-from moss_train.data.decoding.job import DecodeJob, read_range, run_job
+from moss_train.data.decoding.job import DecodeJob, check_digest, read_range, run_job
+from moss_train.data.decoding.probe import MediaProbe
 from moss_train.data.shards.index import IndexedSample, SourceIndex, load_index
 from moss_train.errors import SampleError
 from moss_train.streams.compiled import CompiledStream, FrameRequest
-from moss_train.streams.compiler import compile_sample
 from moss_train.streams.config import CompilerConfig
 from moss_train.streams.media import MediaInfo
 from moss_train.streams.schema import Sample, parse_sample
+from moss_train.streams.split import RowBudget, compile_parts
 from moss_train.streams.tokenizer import StreamTokenizer
+
+if TYPE_CHECKING:  # processes that only compile do without it
+    import torch
+
+    from moss_train.data.shards.storage import ShardStore
+
+#: samples whose media are remembered by name, so that later epochs read no JSON to find them
+_MEDIA_NAMES = 100_000
 
 
 def load_source(
@@ -24,106 +34,151 @@ def load_source(
     tokenizer: StreamTokenizer | None = None,
     compiler: CompilerConfig | None = None,
     image_size: int | None = None,
-    decoder: str = "auto",
-    max_frame_pixels: int = 40_000_000,
+    data: DataConfig | None = None,
     name: str = "",
+    store: "ShardStore | None" = None,
 ) -> "Corpus":
-    """Open a packed folder. `tokenizer` is needed by `compile`, `image_size` (pixels) sizes the frames' tiles.
+    """Open a packed source, a folder or a URL. `tokenizer` is needed by `compile`, `image_size` (pixels) sizes the
+    frames' tiles, `data` says how is decoded (its sources are not looked at), `store` fetches remote shards.
 
-    Raises DataError when the folder, its shards and its index do not fit together.
+    Raises DataError when the shards and the index do not fit together.
     """
-    index = load_index(path)
-    return Corpus(name or index.folder.name, index, tokenizer, compiler, image_size, decoder, max_frame_pixels)
+    index = load_index(path, store)
+    name = name or str(path).rstrip("/").rpartition("/")[2]
+    return Corpus(name, index, tokenizer, compiler, image_size, data, store)
 
 
 class Corpus:
-    """Random access to the samples of one source by key. All methods raise SampleError for a bad sample."""
+    """Random access to the samples of one source by their number. All methods raise SampleError for a bad sample and
+    DataError for a shard that cannot be read."""
 
     def __init__(
         self,
         name: str,
         index: SourceIndex,
-        tokenizer: StreamTokenizer | None,
-        compiler: CompilerConfig | None,
-        image_size: int | None,
-        decoder: str,
-        max_frame_pixels: int,
+        tokenizer: StreamTokenizer | None = None,
+        compiler: CompilerConfig | None = None,
+        image_size: int | None = None,
+        data: DataConfig | None = None,
+        store: "ShardStore | None" = None,
     ):
+        data = data or DataConfig()
         self.name = name
         self.index = index
-        self._tokenizer = tokenizer
-        self._compiler = compiler or CompilerConfig()
+        self.tokenizer = tokenizer
+        self.compiler = compiler or CompilerConfig()
         self._image_size = image_size
-        self._decoder = decoder
-        self._max_pixels = max_frame_pixels
-        self.keys: list[str] = [sample.key for sample in index.samples]
-        self._by_key = {sample.key: sample for sample in index.samples}
+        self._decoder = data.decoder
+        self._limits = DecodeLimits(max_pixels=data.max_frame_pixels)
+        self.store = store
+        self._media_names: OrderedDict[int, dict[str, str]] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.index)
 
-    def entry(self, key: str) -> IndexedSample:
-        """What the index knows of a sample; KeyError when the source has no such key."""
-        return self._by_key[key]
+    def key(self, number: int) -> str:
+        return self.index.key(number)
 
-    def shard_name(self, key: str) -> str:
-        return self.index.shards[self.entry(key).shard].name
+    def entry(self, number: int) -> IndexedSample:
+        """What the index knows of a sample."""
+        return self.index.sample(number)
 
-    def sample(self, key: str) -> Sample:
+    def sample(self, number: int) -> Sample:
         """The checked JSON member."""
-        return parse_sample(self.member(key, "json"), key)
+        entry = self.entry(number)
+        return parse_sample(self._read(entry, "json"), entry.key)
 
-    def member(self, key: str, member: str) -> bytes:
+    def member(self, number: int, member: str) -> bytes:
         """The bytes of one member of a sample, `json` or a medium."""
-        entry = self.entry(key)
-        if member not in entry.members:
-            raise SampleError(key, f"the shard holds no {key}.{member}")
-        return read_range(self.index.shard_path(entry), *entry.members[member])
+        return self._read(self.entry(number), member)
 
-    def media_info(self, key: str) -> dict[str, MediaInfo]:
+    def media_info(self, number: int) -> dict[str, MediaInfo]:
         """Media id → what the compiler needs to know of it."""
-        return self._media_info(self.sample(key))
+        entry = self.entry(number)
+        return _media_info(entry, self.sample(number))
 
-    def compile(self, key: str, rng: np.random.Generator | None = None) -> CompiledStream:
-        """The stream of a sample; `rng` draws its augmentations, None means none."""
-        if self._tokenizer is None:
+    def compile_all(
+        self, number: int, budget: RowBudget | None = None, rng: np.random.Generator | None = None
+    ) -> list[CompiledStream]:
+        """The stream of a sample in the parts that fit `budget`; one part, whole, without a budget.
+
+        `rng` draws its augmentations, None means none.
+        """
+        if self.tokenizer is None:
             raise ValueError("this corpus was opened without a tokenizer, so it cannot compile")
-        sample = self.sample(key)
-        compiled = compile_sample(sample, self._media_info(sample), self._tokenizer, self._compiler, rng)
-        asked = max(Counter(request.media_id for request in compiled.frames).values(), default=0)
-        # The decoder refuses them too, but where a clip's frames are shared out no decoder is asked for all of them.
-        if asked > DecodeLimits.max_frames:
-            raise SampleError(key, f"{asked} frames asked of one medium, the limit is {DecodeLimits.max_frames}")
-        return compiled
+        entry = self.entry(number)
+        sample = parse_sample(self._read(entry, "json"), entry.key)
+        parts = compile_parts(sample, _media_info(entry, sample), self.tokenizer, self.compiler, budget, rng)
+        for part in parts:
+            asked = max(Counter(request.media_id for request in part.frames).values(), default=0)
+            # The decoder refuses them too, but where a clip's frames are shared out no decoder is asked for all.
+            if asked > self._limits.max_frames:
+                raise SampleError(
+                    entry.key, f"{asked} frames asked of one medium, the limit is {self._limits.max_frames}"
+                )
+        return parts
 
-    def frames(self, key: str, requests: Sequence[FrameRequest]) -> torch.Tensor:
+    def compile(
+        self,
+        number: int,
+        part: int = 0,
+        rng: np.random.Generator | None = None,
+        budget: RowBudget | None = None,
+    ) -> CompiledStream:
+        """One part of the stream of a sample, as `compile_all`."""
+        return self.compile_all(number, budget, rng)[part]
+
+    def content_key(self, number: int, media_id: str) -> bytes:
+        """The digest of a medium: equal media of different samples have the same."""
+        entry = self.entry(number)
+        return entry.members[self._member_of(number, entry, media_id)].digest
+
+    def frames(self, number: int, requests: Sequence[FrameRequest]) -> "torch.Tensor":
         """uint8 RGB [F, 3, S, S]: the asked pictures, decoded here and now."""
-        work = self.decode_jobs(key, requests)
-        return self.assemble([run_job(job) for job, _ in work], [places for _, places in work])
+        work = self.decode_jobs(number, requests)
+        return self.assemble([run_job(job, self.store) for job, _ in work], [places for _, places in work])
 
-    def decode_jobs(self, key: str, requests: Sequence[FrameRequest]) -> list[tuple[DecodeJob, list[int]]]:
+    def all_frames(self, number: int) -> "torch.Tensor":
+        """uint8 RGB [F, 3, S, S]: every picture of a sample's stream."""
+        return self.frames(number, self.compile(number).frames)
+
+    def decode_jobs(
+        self, number: int, requests: Sequence[FrameRequest], all_requests: Sequence[FrameRequest] | None = None
+    ) -> list[tuple[DecodeJob, list[int]]]:
         """One job per medium that is asked for, with the places of its pictures among the requests."""
         places_of: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
             places_of.setdefault(request.media_id, []).append(place)
         if not places_of:
             return []
-        entry = self.entry(key)
-        member_of = {medium.id: medium.member for medium in self.sample(key).media}
+        entry = self.entry(number)
         work = []
         for media_id, places in places_of.items():
-            if media_id not in member_of:
-                raise SampleError(key, f"a frame is asked of medium {media_id!r}, which the sample does not list")
-            facts = self._facts(key, media_id, member_of[media_id])
-            offset, size = entry.members[member_of[media_id]]
+            name = self._member_of(number, entry, media_id)
             times = tuple(float(requests[place].time_s) for place in places)
-            path = str(self.index.shard_path(entry))
-            job = DecodeJob(key, path, offset, size, times, self._image_size, self._decoder, facts, self._max_pixels)
-            work.append((job, places))
+            work.append((self._job(entry, media_id, name, times), places))
         return work
 
-    def assemble(self, parts: list[DecodedArrays], places: list[list[int]]) -> torch.Tensor:
+    def _job(self, entry: IndexedSample, media_id: str, name: str, times_s: tuple[float, ...]) -> DecodeJob:
+        member = entry.members[name]
+        return DecodeJob(
+            key=entry.key,
+            shard=self.index.shard_location(entry.shard),
+            offset=member.offset,
+            size=member.size,
+            digest=member.digest,
+            times_s=times_s,
+            image_size=self._image_size,
+            decoder=self._decoder,
+            facts=_facts(entry, media_id, name),
+            limits=self._limits,
+            shard_size=self.index.shards[entry.shard].size,
+        )
+
+    def assemble(self, parts: list[DecodedArrays], places: list[list[int]]) -> "torch.Tensor":
         """The pictures of all jobs of a sample, in the order of its requests."""
+        import torch
+
         if len(parts) == 1:
             return torch.from_numpy(parts[0].frames)
         size = self._image_size or 1
@@ -132,20 +187,44 @@ class Corpus:
             frames[where] = torch.from_numpy(part.frames)
         return frames
 
-    def _media_info(self, sample: Sample) -> dict[str, MediaInfo]:
-        infos = {}
-        for medium in sample.media:
-            facts = self._facts(sample.key, medium.id, medium.member)
-            is_still = facts.container == "image"
-            if is_still != (medium.kind == "image"):
-                raise SampleError(sample.key, f"medium {medium.id!r} is listed as {medium.kind} but is {facts.codec}")
-            infos[medium.id] = MediaInfo(facts.duration_s, facts.frame_rate, None if is_still else facts.frame_count)
-        return infos
+    def _read(self, entry: IndexedSample, name: str) -> bytes:
+        if name not in entry.members:
+            raise SampleError(entry.key, f"the shard holds no {entry.key}.{name}")
+        member = entry.members[name]
+        data = read_range(Path(self.index.shard_location(entry.shard)), member.offset, member.size)
+        check_digest(entry.key, data, member.digest)
+        return data
 
-    def _facts(self, key: str, media_id: str, member: str):
-        facts = self.entry(key).media.get(member)
-        if facts is None:
-            raise SampleError(key, f"medium {media_id!r}: the shard holds no {key}.{member}")
-        if isinstance(facts, str):
-            raise SampleError(key, f"medium {media_id!r}: {facts}")
-        return facts
+    def _member_of(self, number: int, entry: IndexedSample, media_id: str) -> str:
+        """The member that holds a medium."""
+        names = self._media_names.get(number)
+        if names is None:
+            sample = parse_sample(self._read(entry, "json"), entry.key)
+            names = {medium.id: medium.member for medium in sample.media}
+            self._media_names[number] = names
+            if len(self._media_names) > _MEDIA_NAMES:
+                self._media_names.popitem(last=False)
+        if media_id not in names:
+            raise SampleError(entry.key, f"a frame is asked of medium {media_id!r}, which the sample does not list")
+        _facts(entry, media_id, names[media_id])
+        return names[media_id]
+
+
+def _media_info(entry: IndexedSample, sample: Sample) -> dict[str, MediaInfo]:
+    infos = {}
+    for medium in sample.media:
+        facts = _facts(entry, medium.id, medium.member)
+        is_still = facts.container == "image"
+        if is_still != (medium.kind == "image"):
+            raise SampleError(entry.key, f"medium {medium.id!r} is listed as {medium.kind} but is {facts.codec}")
+        infos[medium.id] = MediaInfo(facts.duration_s, facts.frame_rate, None if is_still else facts.frame_count)
+    return infos
+
+
+def _facts(entry: IndexedSample, media_id: str, member: str) -> MediaProbe:
+    facts = entry.media.get(member)
+    if facts is None:
+        raise SampleError(entry.key, f"medium {media_id!r}: the shard holds no {entry.key}.{member}")
+    if isinstance(facts, str):
+        raise SampleError(entry.key, f"medium {media_id!r}: {facts}")
+    return facts

@@ -30,15 +30,17 @@ _LOGIT_BYTES = 512 * 2**20  #: bound of the float32 logits of one teacher-forced
 
 
 class Corpus(Protocol):
-    """What evaluation reads of a packed source; `data.index` has the real one."""
+    """What evaluation reads of a packed source, sample by sample; `moss_train.data.corpus` has the real one."""
 
-    keys: Sequence[str]
+    def __len__(self) -> int: ...
 
-    def sample(self, key: str) -> Sample: ...
+    def key(self, number: int) -> str: ...
 
-    def media_info(self, key: str) -> dict[str, MediaInfo]: ...
+    def sample(self, number: int) -> Sample: ...
 
-    def frames(self, key: str, requests: Sequence[FrameRequest]) -> torch.Tensor: ...
+    def media_info(self, number: int) -> dict[str, MediaInfo]: ...
+
+    def frames(self, number: int, requests: Sequence[FrameRequest]) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def evaluate_streams(
     if not free:
         key, reason = next(iter(skipped.items()))
         raise DataError(f"not one stream can be evaluated; the first, {key!r}: {reason}")
-    order = [compiled.key for compiled, _, _ in prepared if compiled.key in free]
+    order = [stream.compiled.key for stream in prepared if stream.compiled.key in free]
     transcripts, forced_transcripts = [free[key] for key in order], [forced[key] for key in order]
 
     def figures(of: list[StreamTranscript], part: str) -> dict[str, float]:
@@ -123,23 +125,30 @@ def evaluate_streams(
     )
 
 
-_Prepared = tuple[CompiledStream, Schedule, StreamTranscript]
+@dataclass(frozen=True)
+class _Prepared:
+    """One stream before its pictures are read."""
+
+    number: int
+    compiled: CompiledStream
+    schedule: Schedule
+    transcript: StreamTranscript
 
 
 def _prepare(
     corpus: Corpus, tokenizer: StreamTokenizer, compiler: CompilerConfig, limit: int | None, skipped: dict[str, str]
 ) -> list[_Prepared]:
     prepared: list[_Prepared] = []
-    for key in corpus.keys:
+    for number in range(len(corpus)):
         if limit is not None and len(prepared) == limit:
             break
         try:
-            sample = corpus.sample(key)
+            sample = corpus.sample(number)
             if isinstance(sample, StreamSample):
-                compiled = compile_sample(sample, corpus.media_info(key), tokenizer, compiler)
-                prepared.append((compiled, *read_stream(sample, compiled, compiler, tokenizer)))
+                compiled = compile_sample(sample, corpus.media_info(number), tokenizer, compiler)
+                prepared.append(_Prepared(number, compiled, *read_stream(sample, compiled, compiler, tokenizer)))
         except SampleError as error:
-            skipped[key] = error.reason
+            skipped[corpus.key(number)] = error.reason
     if not prepared and not skipped:
         raise DataError("the source holds no stream to evaluate: name one with samples of schema moss_train/stream@1")
     return prepared
@@ -149,12 +158,14 @@ def _batches(
     prepared: Sequence[_Prepared], corpus: Corpus, size: int, skipped: dict[str, str]
 ) -> Iterator[list[_Loaded]]:
     """Streams of similar length together, the longest first, so that memory runs out at once or never."""
-    ordered = sorted(prepared, key=lambda item: (-len(item[1].steps), -len(item[0].ids)))
+    ordered = sorted(prepared, key=lambda stream: (-len(stream.schedule.steps), -len(stream.compiled.ids)))
     for start in range(0, len(ordered), size):
         batch = []
-        for compiled, schedule, transcript in ordered[start : start + size]:
+        for stream in ordered[start : start + size]:
+            compiled = stream.compiled
             try:
-                batch.append(_Loaded(compiled, schedule, transcript, corpus.frames(compiled.key, compiled.frames)))
+                frames_FCHW = corpus.frames(stream.number, compiled.frames)
+                batch.append(_Loaded(compiled, stream.schedule, stream.transcript, frames_FCHW))
             except SampleError as error:
                 skipped[compiled.key] = error.reason
         if batch:

@@ -38,7 +38,7 @@ class StreamTokenizer:
 
     def __init__(self, definition: str, special: SpecialTokens, vocabulary_size: int):
         """`definition` is the text of a `tokenizer.json`; `load_tokenizer` finds the other two."""
-        self._definition = definition
+        self.definition = definition
         self.special = special
         self.vocabulary_size = vocabulary_size  #: rows of the output head
         self._tokenizer = Tokenizer.from_str(definition)
@@ -47,7 +47,7 @@ class StreamTokenizer:
         self._tokenizer.no_padding()
 
     def __reduce__(self) -> tuple:
-        return StreamTokenizer, (self._definition, self.special, self.vocabulary_size)
+        return StreamTokenizer, (self.definition, self.special, self.vocabulary_size)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`. Nothing is added, and special strings in it are encoded as ordinary characters."""
@@ -64,7 +64,7 @@ class StreamTokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Changes when any id of any text could change: part of the data order's and the checkpoint's identity."""
-        identity = [json.loads(self._definition), asdict(self.special), self.vocabulary_size]
+        identity = [json.loads(self.definition), asdict(self.special), self.vocabulary_size]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 

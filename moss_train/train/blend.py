@@ -1,39 +1,31 @@
-"""Mixtures given as shares of samples, such as the published ones in `data_specs/blends/`, as weights of sources."""
+"""Mixtures given as shares of samples by modality, such as the published ones in `data_specs/blends/`."""
 
 import math
 from pathlib import Path
 
 import yaml
 
-from moss_train.data.shards.index import load_index
+from moss_train.data.config import MODALITIES
 from moss_train.errors import ConfigError
 from moss_train.locations import shipped_directory
 from moss_train.train.config import StageConfig
 
 
 def apply_blend(name: str, stage: StageConfig) -> None:
-    """Set the weights of the stage's sources so that an epoch has the shares of `stage.blend`; nothing without one.
+    """Set the stage's `data.shares` to those of `stage.blend`; nothing without one. `name` is the stage's, for errors.
 
-    The source that is scarcest for its share is read once an epoch, the others in part. `name` is the stage's, for
-    errors. Raises ConfigError when the sources are not those of the blend.
+    Raises ConfigError when shares are given both ways, or the file does not hold shares.
     """
     if stage.blend is None:
         return
-    shares = load_shares(name, stage.blend)
-    sources = stage.data.sources
-    if set(sources) != set(shares):
-        raise ConfigError(
-            f"stages.{name}.blend={stage.blend} mixes {', '.join(shares)}, but stages.{name}.data.sources holds "
-            f"{', '.join(sources)}: name one source after each part, and take out the others with ~key"
-        )
-    sizes = {part: len(load_index(source.path).samples) for part, source in sources.items()}
-    epoch = min(sizes[part] / share for part, share in shares.items())
-    for part, share in shares.items():
-        sources[part].weight = share * epoch / sizes[part]
+    if stage.data.shares:
+        raise ConfigError(f"stages.{name}: blend={stage.blend} and data.shares both say how to mix; leave one out")
+    stage.data.shares = load_shares(name, stage.blend)
 
 
 def load_shares(name: str, blend: str) -> dict[str, float]:
-    """Part → share, of the parts that occur; ConfigError when the file is missing or its shares do not sum to 1."""
+    """Modality → share; ConfigError when the file is missing, or its shares are none of modalities or do not sum to
+    1."""
     folder = shipped_directory("data_specs") / "blends"
     path = folder / f"{blend}.yaml"
     if not path.is_file():
@@ -44,7 +36,14 @@ def load_shares(name: str, blend: str) -> dict[str, float]:
     try:
         shares = {str(part): float(share) for part, share in yaml.safe_load(path.read_text())["shares"].items()}
     except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"stages.{name}.blend={blend}: {path.name} holds no `shares: {{part: number}}`") from error
+        raise ConfigError(
+            f"stages.{name}.blend={blend}: {path.name} holds no `shares: {{modality: number}}`"
+        ) from error
+    unknown = sorted(set(shares) - set(MODALITIES))
+    if unknown:
+        raise ConfigError(
+            f"stages.{name}.blend={blend}: {unknown[0]!r} is no modality; shares are of {', '.join(MODALITIES)}"
+        )
     if not math.isclose(sum(shares.values()), 1.0, abs_tol=0.01) or min(shares.values()) < 0:
         raise ConfigError(f"stages.{name}.blend={blend}: the shares must be at least 0 and sum to 1, not {shares}")
-    return {part: share for part, share in shares.items() if share > 0}
+    return shares

@@ -86,7 +86,7 @@ def evaluate_command(options: EvaluateOptions) -> int:
         write_report(report, out / "report.json")
         pictures = timeline_pictures(
             result.transcripts,
-            lambda key: corpus.frames(key, corpus.compile(key).frames).numpy(),
+            lambda key: corpus.all_frames(corpus.index.number(key)).numpy(),
             judge,
             options.pictures,
         )

@@ -2,23 +2,25 @@
 tokenizer and the data? The model is built on the meta device and the data are known from their indexes alone, so a
 mistake in the last stage costs seconds, not the run."""
 
-import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moss_train.checkpoint.store import Checkpoint, checkpoint_shapes, latest, load_checkpoint
-from moss_train.data.loader import build_loader
+from moss_train.data.blend import Blend
 from moss_train.data.shards.index import load_index
+from moss_train.data.sources import OpenBlend, SourceFigures, open_blend
 from moss_train.engines.fit import require_fit
 from moss_train.engines.trainable import check_trainable
-from moss_train.errors import CheckpointError, ConfigError, MossTrainError
+from moss_train.errors import CheckpointError, ConfigError, DataError, MossTrainError
 from moss_train.model.build import whole_model
 from moss_train.model.groups import parameter_groups, trainable_names
 from moss_train.model.video_model import VideoModel
 from moss_train.parallel import groups
+from moss_train.parallel.agreement import gather_lists
 from moss_train.streams.tokenizer import StreamTokenizer
 from moss_train.train.blend import apply_blend
 from moss_train.train.compose import resolved_dict, run_from_dict
@@ -39,7 +41,8 @@ class StagePlan:
     origin: Origin | None  #: weights to start from; None: random, or the stage before in this run
     steps: int
     steps_per_epoch: int
-    summary: dict[str, Any]  #: of the blend, see `Loader.summary`
+    epoch_samples: int  #: of the first epoch; a part of a split sample counts as one
+    sources: dict[str, SourceFigures]  #: what the blend takes from each source
     trained_parameters: int
     parameters: int
 
@@ -66,7 +69,7 @@ def plan_pipeline(run: RunConfig, tokenizer: StreamTokenizer) -> list[StagePlan]
                 raise
             raise type(error)(f"stages.{name}: {error}") from error
     if run.evaluate.source is not None:
-        kinds = {sample.kind for sample in load_index(run.evaluate.source).samples}
+        kinds = load_index(run.evaluate.source).totals.kinds
         if "stream" not in kinds:
             raise ConfigError(
                 f"evaluate.source={run.evaluate.source}: it holds no stream, only {', '.join(sorted(kinds))}"
@@ -116,23 +119,50 @@ def _plan_stage(
         origin = find_origin(Path(stage.init))
         origin.check(model, tokenizer)
     apply_blend(name, stage)
-    with build_loader(
-        replace(stage.data, workers=0), stage.compiler, tokenizer, run.model.vision.image_size, run.seed
-    ) as loader:
-        summary, steps_per_epoch = loader.summary(), loader.steps_per_epoch(0)
+    opened = _main_first(
+        lambda: open_blend(
+            stage.data,
+            stage.compiler,
+            tokenizer,
+            run.model.vision.image_size,
+            run.seed,
+            progress=groups.state().is_main,
+        )
+    )
     plan = StagePlan(
         name=name,
         config=stage,
         directory=Path(run.output_dir) / name,
         origin=origin,
-        steps=_steps(name, stage, steps_per_epoch, summary["epoch_samples"]),
-        steps_per_epoch=steps_per_epoch,
-        summary=summary,
+        steps=_steps(name, stage, opened.blend),
+        steps_per_epoch=opened.blend.steps_per_epoch(0),
+        epoch_samples=opened.blend.epoch_size(0),
+        sources=opened.figures(),
         trained_parameters=sum(sizes[parameter] for parameter in trained),
         parameters=sum(sizes.values()),
     )
     _check_progress(run, plan, before[-1] if before else None, tokenizer, expected_shapes(model))
     return plan
+
+
+def _main_first(open_sources: Callable[[], OpenBlend]) -> OpenBlend:
+    """The sources, opened by the main process first: it measures the lengths that are missing, the others read what it
+    has stored."""
+    state = groups.state()
+    if state.world_size == 1:
+        return open_sources()
+    opened, error = None, None
+    if state.is_main:
+        try:
+            opened = open_sources()
+        except MossTrainError as caught:
+            error = caught
+    told = gather_lists([str(error)] if error is not None else [])
+    if error is not None:
+        raise error
+    if told[0]:
+        raise DataError(told[0][0])
+    return opened or open_sources()
 
 
 def _check_progress(
@@ -155,17 +185,17 @@ def _check_progress(
     require_fit(found, shapes, str(newest))
 
 
-def _steps(name: str, stage: StageConfig, steps_per_epoch: int, samples: int) -> int:
+def _steps(name: str, stage: StageConfig, blend: Blend) -> int:
     """The stage's steps; ConfigError when they need more passes over the data than the stage allows."""
     if stage.steps is None:
         assert stage.epochs is not None  # validated
-        return max(1, math.ceil(stage.epochs * steps_per_epoch - 1e-9))
-    if stage.epochs is not None and stage.steps > math.ceil(stage.epochs * steps_per_epoch - 1e-9):
-        batch = stage.data.global_batch_size
+        return blend.steps_of(stage.epochs)
+    if stage.epochs is not None and stage.steps > blend.steps_of(stage.epochs):
+        batch, size = stage.data.global_batch_size, blend.epoch_size(0)
         raise ConfigError(
             f"stages.{name}.steps={stage.steps} × data.global_batch_size={batch} = {stage.steps * batch} samples, but "
-            f"the blend has {samples} an epoch and stages.{name}.epochs={stage.epochs} allows {stage.epochs:g}: "
-            f"raise epochs to {stage.steps / steps_per_epoch:.2f}, or lower steps"
+            f"the blend has {size} an epoch and stages.{name}.epochs={stage.epochs} allows {stage.epochs:g}: "
+            f"raise epochs to {stage.steps / blend.steps_per_epoch(0):.2f}, or lower steps"
         )
     return stage.steps
 

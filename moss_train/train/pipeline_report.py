@@ -97,7 +97,7 @@ def report_command(options: ReportOptions) -> int:
     corpus = evaluator.corpus(compiler)
     pictures = timeline_pictures(
         results[""].transcripts,
-        lambda key: corpus.frames(key, corpus.compile(key).frames).numpy(),
+        lambda key: corpus.all_frames(corpus.index.number(key)).numpy(),
         evaluator.judge,
         options.pictures,
     )

@@ -7,13 +7,14 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from moss_train.data.corpus import load_source
 from moss_train.data.decoding.decode import decode_frames
 from moss_train.data.decoding.probe import probe_media
-from moss_train.data.shards.index import load_index
+from moss_train.data.shards.index import KINDS
 from moss_train.errors import ConfigError, MossTrainError
 from moss_train.evaluate.config import DecodeConfig
 from moss_train.evaluate.live import LivePrinter, live_schedule, play
@@ -109,9 +110,9 @@ def system_of(source: str | None) -> str | None:
     if source is None or not Path(source).is_dir():
         return None
     try:
-        keys = [sample.key for sample in load_index(source).samples if sample.kind == "stream"]
         corpus = load_source(source)
-        sample = corpus.sample(keys[0]) if keys else None
+        streams = np.flatnonzero(corpus.index.kinds == KINDS.index("stream"))
+        sample = corpus.sample(int(streams[0])) if len(streams) else None
     except MossTrainError:
         return None  # only a default is sought; whoever evaluates on the source learns what is wrong with it
     return sample.system if isinstance(sample, StreamSample) else None

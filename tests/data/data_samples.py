@@ -139,7 +139,7 @@ def split_pack(staging: Path, out: Path, shard_samples: int) -> None:
     """Like `pack`, with a shard every `shard_samples` samples (pack itself splits at megabytes)."""
     import webdataset
 
-    from moss_train.data.shards.index import build_index, write_index
+    from moss_train.data.shards.index_build import build_index
 
     out.mkdir(parents=True)
     with webdataset.ShardWriter(
@@ -148,4 +148,4 @@ def split_pack(staging: Path, out: Path, shard_samples: int) -> None:
         for path in sorted(staging.glob("*.json")):
             parts = {p.name.partition(".")[2]: p.read_bytes() for p in staging.glob(f"{path.stem}.*")}
             w.write({"__key__": path.stem} | parts)
-    write_index(build_index(out))
+    build_index(out)

@@ -1,6 +1,5 @@
 """`data check` names every fault of a source, and finds none in a sound one."""
 
-import json
 from pathlib import Path
 
 from data_samples import (
@@ -15,7 +14,7 @@ from data_samples import (
 )
 
 from moss_train.data.shards.check import CheckOptions, check_command, check_source
-from moss_train.data.shards.index import INDEX_NAME
+from moss_train.data.shards.index import INDEX_NAME, load_index
 
 
 def test_a_sound_source_has_no_problems(tmp_path: Path, capsys):
@@ -30,7 +29,7 @@ def test_a_sound_source_has_no_problems(tmp_path: Path, capsys):
     )
     (folder / INDEX_NAME).unlink()
     problems = check_source(CheckOptions(str(folder))).problems
-    assert len(problems) == 1 and "index.jsonl is missing" in problems[0].what
+    assert len(problems) == 1 and "index.arrow is missing" in problems[0].what
 
 
 def test_every_fault_is_named_with_its_key_and_shard(tmp_path: Path, capsys):
@@ -89,5 +88,4 @@ def test_the_command_line_reaches_it(tmp_path: Path, capsys):
     assert main(["data", "pack", f"source={tmp_path / 'staging'}"]) == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 4 and all(line.startswith("error: ") for line in errors)
-    ledger = [json.loads(line) for line in (tmp_path / "out" / INDEX_NAME).read_text().splitlines()]
-    assert ledger[0]["samples"] == 2 and [entry["key"] for entry in ledger[1:]] == ["s000", "s001"]
+    assert load_index(tmp_path / "out").keys([0, 1]) == ["s000", "s001"]

@@ -5,20 +5,22 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_samples import numbered_clip, read_numbers
 
-from moss_train.data.decoding.job import DecodeJob, run_job
+from moss_train.data.decoding.decode import DecodeLimits
+from moss_train.data.decoding.job import DecodeJob, digest_of, run_job
 from moss_train.data.decoding.pool import DecodeFailure, DecodePool
 from moss_train.errors import DataError, SampleError
 
 
 def job_of(path: Path, data: bytes, key: str = "k", times_s: tuple[float, ...] = (0.0, 0.5)) -> DecodeJob:
     path.write_bytes(b"before" + data + b"after")
-    return DecodeJob(key, str(path), 6, len(data), times_s, 64, "auto", None, 10**7)
+    return DecodeJob(key, str(path), 6, len(data), digest_of(data), times_s, 64, "auto", None, DecodeLimits())
 
 
 def test_the_pool_gives_what_the_process_itself_would(tmp_path: Path):
@@ -39,8 +41,8 @@ def test_failures_come_back_with_key_reason_and_exception(tmp_path: Path):
     pool = DecodePool(1, 60)
     try:
         bad = pool.submit(job_of(tmp_path / "a", b"\0\0\0 ftypisom" + bytes(500), "bad"))
-        gone = pool.submit(DecodeJob("gone", str(tmp_path / "none"), 0, 9, (0.0,), 64, "auto", None, 10**7))
-        short = pool.submit(DecodeJob("short", str(tmp_path / "a"), 0, 10**6, (0.0,), 64, "auto", None, 10**7))
+        gone = pool.submit(replace(job_of(tmp_path / "x", b"", "gone"), shard=str(tmp_path / "none")))
+        short = pool.submit(replace(job_of(tmp_path / "x", b"", "short"), size=10**6))
         good = pool.submit(job_of(tmp_path / "b", numbered_clip(3, 4), "good"))
         with pytest.raises(DecodeFailure) as caught:
             bad.result(60)
@@ -61,7 +63,7 @@ def test_a_process_that_hangs_is_killed_at_the_deadline_and_replaced(tmp_path: P
         process.send_signal(signal.SIGSTOP)
         pool._timeout_s = 0.5
         began = time.monotonic()
-        with pytest.raises(SampleError, match="longer than data.decode_timeout_s=0.5"):
+        with pytest.raises(SampleError, match="decoding took longer than 0.5 s .decode_timeout_s."):
             pool.submit(job_of(tmp_path / "b", numbered_clip(3, 4))).result(60)
         assert time.monotonic() - began < 20 and process.poll() is not None
         pool._timeout_s = 60
@@ -78,7 +80,7 @@ def test_a_process_that_crashes_costs_one_sample(tmp_path: Path):
         process.send_signal(signal.SIGSTOP)
         future = pool.submit(job_of(tmp_path / "b", numbered_clip(3, 4), "crash"))
         process.kill()
-        with pytest.raises(SampleError, match="'crash': the decoder process died over it .exit code -9"):
+        with pytest.raises(SampleError, match="'crash': the process died over decoding .exit code -9"):
             future.result(60)
         assert len(pool.submit(job_of(tmp_path / "c", numbered_clip(3, 4))).result(60).frames) == 2
     finally:
@@ -120,7 +122,7 @@ def test_a_process_that_talks_nonsense_is_replaced(tmp_path: Path, monkeypatch, 
     replace_worker(monkeypatch, f"print('ready', flush=True); input(); print({reply!r}, flush=True); input()")
     pool = DecodePool(1, 60)
     try:
-        with pytest.raises(SampleError, match="'bad': the decoder process gave a reply"):
+        with pytest.raises(SampleError, match="'bad': the worker process gave a reply"):
             pool.submit(job_of(tmp_path / "a", numbered_clip(3, 4), "bad")).result(60)
         monkeypatch.undo()
         assert len(pool.submit(job_of(tmp_path / "b", numbered_clip(3, 4))).result(60).frames) == 2
@@ -144,9 +146,9 @@ def test_decoder_processes_do_not_outlive_their_owner(tmp_path: Path):
         [
             sys.executable,
             "-c",
-            "import time\nfrom moss_train.data.decoding.job import DecodeJob\n"
+            "import time\nfrom moss_train.data.decoding.describe import DescribeJob\n"
             "from moss_train.data.decoding.pool import DecodePool\npool = DecodePool(1, 60)\n"
-            f"job = DecodeJob('k', {str(tmp_path / 'a')!r}, 6, {len(clip)}, (0.0,), 64, 'auto', None, 10**7)\n"
+            f"job = DescribeJob('k', {str(tmp_path / 'a')!r}, 6, {len(clip)}, 'medium', 10**7, None)\n"
             "pool.submit(job).result()\n"
             "print(pool._processes[0]._process.pid, flush=True)\ntime.sleep(600)",
         ],

@@ -139,15 +139,15 @@ def test_a_corpus_without_streams_is_an_error(model):
 class DamagedCorpus(WorldCorpus):
     """One sample breaks the schema, the video of another does not decode."""
 
-    def sample(self, key):
-        if key == "heldout-0001":
-            raise SampleError(key, "events[0].t: is missing; add it")
-        return super().sample(key)
+    def sample(self, number):
+        if self.key(number) == "heldout-0001":
+            raise SampleError(self.key(number), "events[0].t: is missing; add it")
+        return super().sample(number)
 
-    def frames(self, key, requests):
-        if key == "heldout-0002":
-            raise SampleError(key, "video holds no picture")
-        return super().frames(key, requests)
+    def frames(self, number, requests):
+        if self.key(number) == "heldout-0002":
+            raise SampleError(self.key(number), "video holds no picture")
+        return super().frames(number, requests)
 
 
 def test_damaged_samples_are_left_out_and_told(model):

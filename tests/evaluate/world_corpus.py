@@ -22,13 +22,20 @@ class WorldCorpus:
                 self._clips[key] = sample_clip(np.random.default_rng([8, index]), split, "conversation", key)
         self.keys = list(self._clips)
 
-    def sample(self, key):
+    def __len__(self):
+        return len(self.keys)
+
+    def key(self, number):
+        return self.keys[number]
+
+    def sample(self, number):
+        key = self.keys[number]
         return parse_sample(self._clips[key].sample, key)
 
-    def media_info(self, key):
-        return {"v0": MediaInfo(self._clips[key].timeline.duration_s, 4.0, None)}
+    def media_info(self, number):
+        return {"v0": MediaInfo(self._clips[self.keys[number]].timeline.duration_s, 4.0, None)}
 
-    def frames(self, key, requests):
+    def frames(self, number, requests):
         assert [request.time_s for request in requests] == list(range(len(requests)))
-        frames_FHWC = self._clips[key].frames(1.0, self._size)
+        frames_FHWC = self._clips[self.keys[number]].frames(1.0, self._size)
         return torch.from_numpy(np.ascontiguousarray(frames_FHWC.transpose(0, 3, 1, 2)))

@@ -1,7 +1,8 @@
-"""Decoder processes that can be killed: decord cannot be interrupted, and a broken file may crash or hang it.
+"""Worker processes that can be killed: decord cannot be interrupted, and a broken file may crash or hang it.
 
-Each process is owned by one thread of the training process, which hands it a job, reads the pictures from a pipe
-(the thread sleeps in the kernel meanwhile) and kills it when the deadline passes.
+Each process is owned by one thread of the process that started it. The thread has the job's shard made local, hands
+over the job, reads the reply from a pipe (sleeping in the kernel meanwhile) and kills the process when the deadline
+passes. The process's memory is bounded too.
 """
 
 import json
@@ -14,15 +15,19 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from moss_train.data.config import DataConfig
 from moss_train.data.decoding.decode import DecodedArrays
-from moss_train.data.decoding.job import DecodeJob
+from moss_train.data.decoding.job import Job, Shards
 from moss_train.errors import ConfigError, DataError, SampleError
 
-#: seconds a decoder process may take to start (imports, on a crowded machine)
+#: seconds a worker process may take to start (imports, on a crowded machine)
 START_TIMEOUT_S = 180.0
 
 
@@ -35,14 +40,18 @@ class DecodeFailure(SampleError):
 
 
 class DecodePool:
-    """`workers` decoder processes, started when the first job comes."""
+    """`workers` worker processes, started when the first job comes."""
 
-    def __init__(self, workers: int, timeout_s: float):
+    def __init__(self, workers: int, timeout_s: float, memory_mb: int | None = None, store: Shards | None = None):
+        """timeout_s: deadline of a job once its shard is local. memory_mb: bound of each process, MiB; None: no bound.
+        store: makes remote shards local; None where all are."""
         if workers < 1:
             raise ValueError("a pool needs at least one worker")
-        self._jobs: queue.SimpleQueue[tuple[DecodeJob, Future] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Job, Future] | None] = queue.SimpleQueue()
         self._timeout_s = timeout_s
-        self._processes: dict[int, _DecoderProcess] = {}
+        self._memory_mb = memory_mb
+        self._store = store
+        self._processes: dict[int, _WorkerProcess] = {}
         self._closing = False
         self._threads = [
             threading.Thread(target=self._serve, args=(number,), name=f"decode-{number}", daemon=True)
@@ -51,11 +60,21 @@ class DecodePool:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, job: DecodeJob) -> "Future[DecodedArrays]":
-        """The pictures of a job, in the order of submission; the future raises SampleError or DataError."""
+    @staticmethod
+    def of(data: DataConfig, workers: int, store: Shards | None = None) -> "DecodePool":
+        """A pool with the deadline and the memory of `data`."""
+        return DecodePool(workers, data.decode_timeout_s, data.decode_memory_mb, store)
+
+    def submit(self, job: Job) -> "Future[Any]":
+        """What a job gives: the pictures of a DecodeJob, for one. Jobs are begun in the order of submission.
+
+        The future raises SampleError or DataError.
+        """
         if self._closing:
             raise RuntimeError("the decode pool is closed")
-        future: Future[DecodedArrays] = Future()
+        if self._store is not None:
+            self._store.prefetch(job.shard, job.shard_size)
+        future: Future[Any] = Future()
         self._jobs.put((job, future))
         return future
 
@@ -78,10 +97,12 @@ class DecodePool:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                if number not in self._processes:
-                    self._processes[number] = _DecoderProcess()
-                future.set_result(self._processes[number].decode(job, self._timeout_s))
-            except BaseException as error:  # whatever it is belongs to whoever waits for the pictures
+                store = self._store
+                with nullcontext(job.shard) if store is None else store.held(job.shard, job.shard_size) as path:
+                    if number not in self._processes:
+                        self._processes[number] = _WorkerProcess(self._memory_mb)
+                    future.set_result(self._processes[number].do(replace(job, shard=str(path)), self._timeout_s))
+            except BaseException as error:  # whatever it is belongs to whoever waits for the result
                 if number in self._processes and not self._processes[number].usable:
                     self._processes.pop(number).kill()
                 future.set_exception(error)
@@ -89,15 +110,15 @@ class DecodePool:
             self._processes.pop(number).kill()
 
 
-class _DecoderProcess:
-    """One decoder process and the pipe to it."""
+class _WorkerProcess:
+    """One worker process and the pipe to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory_mb: int | None) -> None:
         package_root = str(Path(__file__).resolve().parents[3])
         paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "moss_train.data.decoding.worker"],
+            [sys.executable, "-m", "moss_train.data.decoding.worker", *([] if memory_mb is None else [str(memory_mb)])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -108,7 +129,7 @@ class _DecoderProcess:
         self._unread = b""
         self._deadline = math.inf
 
-    def decode(self, job: DecodeJob, timeout_s: float) -> DecodedArrays:
+    def do(self, job: Job, timeout_s: float) -> Any:
         """Run one job; raises SampleError, also when the process dies, misses the deadline or talks nonsense over it.
 
         Raises DataError when the process does not start, which is no fault of the sample.
@@ -117,20 +138,20 @@ class _DecoderProcess:
             self._await_start()
         try:
             self._deadline = time.monotonic() + timeout_s
-            self._process.stdin.write(json.dumps(job.to_json()).encode() + b"\n")
+            self._process.stdin.write(json.dumps({"kind": job.KIND, "job": job.to_json()}).encode() + b"\n")
             self._process.stdin.flush()
-            return self._read_reply(job.key)
+            return self._read_reply(job)
         except TimeoutError as error:
             self.usable = False
-            raise SampleError(job.key, f"decoding took longer than data.decode_timeout_s={timeout_s:g}") from error
+            raise SampleError(job.key, f"{job.WHAT} took longer than {timeout_s:g} s (decode_timeout_s)") from error
         except (EOFError, BrokenPipeError) as error:
             self.usable = False
             code = self._process.wait()
-            raise SampleError(job.key, f"the decoder process died over it (exit code {code})") from error
+            raise SampleError(job.key, f"the process died over {job.WHAT} (exit code {code})") from error
         except (ValueError, TypeError, KeyError) as error:
             # Nobody knows where the next reply would begin.
             self.usable = False
-            raise SampleError(job.key, "the decoder process gave a reply that cannot be read") from error
+            raise SampleError(job.key, "the worker process gave a reply that cannot be read") from error
 
     def _await_start(self) -> None:
         """Wait until the process is ready; DataError when it never is: its imports fail, or the machine is too busy."""
@@ -139,20 +160,22 @@ class _DecoderProcess:
             line = self._read_line()
         except TimeoutError as error:
             self.usable = False
-            raise DataError(f"a decoder process did not start within {START_TIMEOUT_S:g} s") from error
+            raise DataError(f"a worker process did not start within {START_TIMEOUT_S:g} s") from error
         except EOFError as error:
             self.usable = False
             raise DataError(
-                f"a decoder process could not start (exit code {self._process.wait()}); its own message stands above"
+                f"a worker process could not start (exit code {self._process.wait()}); its own message stands above"
             ) from error
         if line != b"ready":
             self.usable = False
-            raise DataError(f"a decoder process started with {line[:80]!r} instead of being ready")
+            raise DataError(f"a worker process started with {line[:80]!r} instead of being ready")
 
-    def _read_reply(self, key: str) -> DecodedArrays:
+    def _read_reply(self, job: Job) -> Any:
         header = json.loads(self._read_line())
         if "failed" in header:
-            raise _error_of(header, key)
+            raise _error_of(header, job.key)
+        if "result" in header:
+            return job.result(header["result"])
         frames = np.frombuffer(self._read(math.prod(header["shape"])), np.uint8).reshape(header["shape"])
         return DecodedArrays(frames, header["backend"], np.array(header["times_s"]), header["note"])
 

@@ -1,85 +1,233 @@
-"""The index of a source: where every member of every sample lies, and the facts of its media.
+"""The index of a source: where every member of every sample lies, its digest, and the facts of its media.
 
-`index.jsonl` stands beside the shards. Its first line is a header with the shards (name, size, modification time,
-SHA-256), the number of samples and the fingerprint; then one line a sample, in the order of the shards. The
-fingerprint covers contents only, never times or paths, so that a copied source keeps the order of the run.
+`index.arrow` stands beside the shards: one Arrow IPC file, uncompressed, read through a memory map, so that opening it
+costs what the planning columns cost (the shard, kind and modality of each sample) however many samples there are.
+One row a sample, in the order of the shards, `BATCH_ROWS` of them in every record batch but the last.
+
+The fingerprint covers contents only, never times or paths, so that a copied source keeps the order of the run.
 """
 
 import hashlib
 import json
-import os
-import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moss_train.data.decoding.job import read_range
-from moss_train.data.decoding.probe import MediaProbe, probe_media
-from moss_train.data.progress import progress_bar
-from moss_train.errors import DataError, SampleError
-from moss_train.streams.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
-from moss_train.streams.schema import SAMPLE_TYPES
+import numpy as np
+import pyarrow as pa
 
-INDEX_NAME = "index.jsonl"
-INDEX_SCHEMA = "moss_train/index@1"
-INVALID_KIND = "invalid"  #: of samples whose JSON member is absent, broken or of an unknown schema
+from moss_train.data.config import MODALITIES
+from moss_train.data.decoding.describe import digest_of_range
+from moss_train.data.shards.arrow_file import ARROW_ERRORS, open_arrow, write_arrow
+from moss_train.data.shards.index_rows import (
+    KINDS,
+    ROWS,
+    ContentDigest,
+    IndexedSample,
+    IndexTotals,
+    Member,
+    ShardFacts,
+    key_hash,
+    planning_digest,
+    read_row,
+)
+from moss_train.data.shards.scan import scan_shard
+from moss_train.data.shards.storage import ShardStore, is_remote, join
+from moss_train.data.shards.transfer import shown
+from moss_train.errors import DataError
 
-
-@dataclass(frozen=True)
-class ShardFacts:
-    """One tar file as it was when it was indexed."""
-
-    name: str
-    size: int  #: bytes
-    mtime_ns: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class IndexedSample:
-    """One sample of a source."""
-
-    key: str
-    shard: int  #: index into the source's shards
-    kind: str  #: "caption", "conversation", "stream" or INVALID_KIND
-    members: dict[str, tuple[int, int]]  #: member name ("json", "mp4", "0.jpg") → offset and size in the shard, bytes
-    media: dict[str, MediaProbe | str]  #: media member → its facts, or the reason why it cannot be read
+INDEX_NAME = "index.arrow"
+INDEX_SCHEMA = "moss_train/index@2"
+#: rows of every record batch but the last
+BATCH_ROWS = 1 << 16
 
 
-@dataclass(frozen=True)
 class SourceIndex:
-    """All samples of one folder of shards."""
+    """All samples of one source by their number, 0 … n-1 in the order of the shards. Safe to use from many threads."""
 
-    folder: Path
-    shards: tuple[ShardFacts, ...]
-    samples: tuple[IndexedSample, ...]
-    fingerprint: str
+    def __init__(self, location: str, path: Path, reader: pa.RecordBatchFileReader, header: dict[str, Any]):
+        self.location = location  #: folder or URL
+        self.path = path  #: of the index file on this machine
+        self.shards = tuple(ShardFacts(**facts) for facts in header["shards"])
+        self.fingerprint: str = header["fingerprint"]  #: of the contents
+        self.facts_digest: str = header["facts_digest"]  #: of what the media say of themselves, as it was measured
+        self.totals = IndexTotals(**header["totals"])
+        self.tokenizer: dict[str, Any] | None = header["tokenizer"]  #: that counted `text_tokens`: fingerprint, path
+        self._samples: int = header["samples"]
+        self._reader = reader
+        self._batches: dict[int, pa.RecordBatch] = {}
+        columns = self._planning_columns()
+        self.shard_numbers, self.kinds, self.modalities = columns  #: int32, int8 (of KINDS), int8 (of MODALITIES), [n]
+        if planning_digest(*columns) != header["planning_digest"]:
+            raise ValueError("its digest does not fit its columns")
 
-    def shard_path(self, sample: IndexedSample) -> Path:
-        return self.folder / self.shards[sample.shard].name
+    def __len__(self) -> int:
+        return self._samples
+
+    def key(self, number: int) -> str:
+        batch, row = self._row(number)
+        return batch.column("key")[row].as_py()
+
+    def keys(self, numbers: Sequence[int] | np.ndarray) -> list[str]:
+        return [self.key(int(number)) for number in numbers]
+
+    def number(self, key: str) -> int:
+        """The number of a sample; KeyError when the source has no such key."""
+        hashes, order = self._by_hash
+        wanted = np.uint64(key_hash(key))
+        for place in range(int(np.searchsorted(hashes, wanted)), len(hashes)):
+            if hashes[place] != wanted:
+                break
+            if self.key(int(order[place])) == key:
+                return int(order[place])
+        raise KeyError(key)
+
+    def sample(self, number: int) -> IndexedSample:
+        """What the index knows of a sample; IndexError when there is no such number."""
+        batch, row = self._row(number)
+        return read_row(batch, row)
+
+    def samples(self) -> Iterator[IndexedSample]:
+        """All of them, in order."""
+        return (self.sample(number) for number in range(len(self)))
+
+    def text_tokens(self) -> np.ndarray:
+        """int32 [n]: tokens of each sample's texts, -1 where they are unknown."""
+        return self._column("text_tokens", lambda column: column.fill_null(-1), np.int32)
+
+    def shard_name(self, number: int) -> str:
+        """The shard that holds a sample, as the index names it."""
+        return self.shards[self.shard_numbers[number]].name
+
+    def shard_location(self, shard: int) -> str:
+        """Path or URL of a shard."""
+        return join(self.location, self.shards[shard].name)
+
+    @cached_property
+    def _by_hash(self) -> tuple[np.ndarray, np.ndarray]:
+        """The hashes of all keys, ascending, and the sample of each."""
+        hashes = self._column("key_hash", lambda column: column, np.uint64)
+        order = np.argsort(hashes, kind="stable").astype(np.int32)
+        return hashes[order], order
+
+    def _planning_columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        for number in range(self._reader.num_record_batches):
+            rows, last = self._reader.get_batch(number).num_rows, number == self._reader.num_record_batches - 1
+            if rows != BATCH_ROWS and not (last and 0 < rows <= BATCH_ROWS):
+                raise ValueError(f"record batch {number} has {rows} rows")
+        shards = self._column("shard", lambda column: column, np.int32)
+        kinds = self._column("kind", lambda column: _codes(column, KINDS), np.int8)
+        modalities = self._column("modality", lambda column: _codes(column, MODALITIES), np.int8)
+        if len(shards) != self._samples:
+            raise ValueError(f"{len(shards)} rows instead of {self._samples}")
+        if len(shards) and not 0 <= shards.min() <= shards.max() < len(self.shards):
+            raise ValueError("a sample lies in a shard that is not listed")
+        return shards, kinds, modalities
+
+    def _column(self, name: str, cast, dtype: type) -> np.ndarray:
+        parts = []
+        for number in range(self._reader.num_record_batches):
+            column = self._reader.get_batch(number).column(name)
+            column.validate()
+            parts.append(cast(column).to_numpy(zero_copy_only=False).astype(dtype, copy=False))
+        return np.concatenate(parts) if parts else np.zeros(0, dtype)
+
+    def _row(self, number: int) -> tuple[pa.RecordBatch, int]:
+        """The record batch of a sample and its row there. A batch is checked when it is first used."""
+        if not 0 <= number < self._samples:
+            raise IndexError(f"no sample {number} among {self._samples}")
+        place, row = divmod(int(number), BATCH_ROWS)
+        batch = self._batches.get(place)
+        if batch is None:
+            try:
+                batch = self._reader.get_batch(place)
+                # Offsets that lead out of the file would end the process when they are followed.
+                batch.validate(full=True)
+            except ARROW_ERRORS as error:
+                raise DataError(f"{self.path} is damaged ({error}): {remedy_of(self.location)}") from error
+            self._batches[place] = batch
+        return batch, row
 
 
-@dataclass
-class IndexOptions:
-    """Options of `data index`."""
+def _codes(column: pa.DictionaryArray, names: tuple[str, ...]) -> pa.Array:
+    column.dictionary.validate(full=True)
+    if tuple(column.dictionary.to_pylist()) != names:
+        raise ValueError(f"its kinds or modalities are not {names}")
+    codes = column.indices
+    if codes.null_count:
+        raise ValueError("a kind or modality is missing")
+    return codes
 
-    path: str
-    """Folder that holds `*.tar`; `index.jsonl` is written beside them."""
+
+def fingerprint_of(shards: Iterable[ShardFacts]) -> str:
+    """Of the contents of all shards: their names without folders, sizes and digests."""
+    entries = [[shard.name.rpartition("/")[2], shard.size, shard.digest] for shard in shards]
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
-def index_command(options: IndexOptions) -> int:
-    """Scan the shards of a folder and write their index."""
-    index = build_index(Path(options.path), progress=True)
-    write_index(index)
-    kinds: dict[str, int] = {}
-    for sample in index.samples:
-        kinds[sample.kind] = kinds.get(sample.kind, 0) + 1
-    print(
-        f"indexed {len(index.samples)} samples ({', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))}) "
-        f"in {len(index.shards)} shards: {index.folder / INDEX_NAME}"
-    )
-    return 0
+def facts_digest_of(shards: Sequence[str]) -> str:
+    """Of what the media of all shards say of themselves, from the digests of the shards."""
+    return hashlib.sha256(json.dumps(list(shards)).encode()).hexdigest()
+
+
+def write_index(
+    path: Path,
+    shards: Sequence[ShardFacts],
+    batches: Iterable[pa.RecordBatch],
+    totals: IndexTotals,
+    facts_digests: Sequence[str],
+    planning: str,
+    tokenizer: dict[str, Any] | None = None,
+) -> None:
+    """Write an index file; it appears complete or not at all.
+
+    `batches` are those of the file, of the form `ROWS`, `BATCH_ROWS` rows in each but the last; `facts_digests` of the
+    shards; `planning` the `planning_digest` of all rows.
+    """
+    header = {
+        "schema": INDEX_SCHEMA,
+        "samples": sum(shard.samples for shard in shards),
+        "fingerprint": fingerprint_of(shards),
+        "facts_digest": facts_digest_of(facts_digests),
+        "planning_digest": planning,
+        "totals": asdict(totals),
+        "tokenizer": tokenizer,
+        "shards": [vars(shard) for shard in shards],
+    }
+    write_arrow(path, ROWS, batches, header)
+
+
+def load_index(location: str | Path, store: ShardStore | None = None) -> SourceIndex:
+    """The index of a source, after checking that it belongs to the shards that lie there.
+
+    A shard whose size and modification time are unchanged is trusted; one with another time is read and compared by
+    its digest. Remote shards are checked when they are read. Raises DataError for a missing or damaged index, a
+    missing shard and an index that is stale.
+    """
+    location, remedy = str(location), remedy_of(location)
+    if is_remote(location):
+        path = (store or ShardStore()).local(join(location, INDEX_NAME))
+    else:
+        path = Path(location) / INDEX_NAME
+        if not path.is_file():
+            shard_files(Path(location))
+            raise DataError(f"{path} is missing: {remedy}")
+    try:
+        reader, header = open_arrow(path, ROWS, INDEX_SCHEMA)
+        index = SourceIndex(location, path, reader, header)
+    except ARROW_ERRORS as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}") from error
+    if fingerprint_of(index.shards) != index.fingerprint:
+        raise DataError(f"{path} is damaged (its fingerprint does not fit its shards): {remedy}")
+    if not is_remote(location):
+        _check_fresh(Path(location), index.shards, remedy)
+    return index
+
+
+def remedy_of(location: str | Path) -> str:
+    return f"run `moss-train data index path={shown(str(location))}`"
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -94,176 +242,19 @@ def shard_files(folder: Path) -> list[Path]:
     return shards
 
 
-def build_index(folder: Path, progress: bool = False) -> SourceIndex:
-    """Read every shard once. Raises DataError for damaged tars, doubled keys and parts that do not lie together."""
-    paths = shard_files(folder)
-    shards: list[ShardFacts] = []
-    samples: list[IndexedSample] = []
-    seen: dict[str, str] = {}
-    for number, path in enumerate(progress_bar(paths, f"indexing {folder.name}", progress)):
-        before = path.stat()
-        for key, members in scan_shard(path):
-            if key in seen:
-                raise DataError(f"{path}: key {key!r} is in {seen[key]} too (or its parts do not lie side by side)")
-            seen[key] = path.name
-            samples.append(describe_sample(path, number, key, members))
-        shards.append(ShardFacts(path.name, before.st_size, before.st_mtime_ns, file_sha256(path)))
-    return SourceIndex(folder, tuple(shards), tuple(samples), _fingerprint(shards, samples))
-
-
-def scan_shard(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """(key, member → (offset, size)) of each sample of a tar, from its headers alone.
-
-    Raises DataError when the file is no plain tar, is cut short, or holds a member that is no plain file below the
-    archive's root.
-    """
-    size = path.stat().st_size
-    current: tuple[str, dict[str, tuple[int, int]]] | None = None
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for entry in tar:
-                if entry.isdir():
-                    continue
-                key, member = _split_name(path, entry)
-                if entry.offset_data + entry.size > size:
-                    raise DataError(f"{path} is cut short: member {entry.name!r} ends after the file; write it again")
-                if current is None or current[0] != key:
-                    if current is not None:
-                        yield current
-                    current = (key, {})
-                if member in current[1]:
-                    raise DataError(f"{path}: member {entry.name!r} stands twice")
-                current[1][member] = (entry.offset_data, entry.size)
-            end = tar.offset
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        raise DataError(f"{path} is no readable tar ({error}): it is cut short, damaged or compressed") from error
+def contents_of_shard(path: Path) -> str:
+    """The digest of a shard's contents, from all its bytes. Raises DataError when it is no readable tar."""
+    digest = ContentDigest()
     with path.open("rb") as raw:
-        raw.seek(end)
-        if not raw.read(512).count(0) == 512:
-            raise DataError(f"{path} is cut short: the end marker of the tar is missing; write it again")
-    if current is not None:
-        yield current
+        for key, ranges in scan_shard(path):
+            digest.add_members(key, {n: Member(o, s, digest_of_range(raw, o, s)) for n, (o, s) in ranges.items()})
+    return digest.contents
 
 
-def _split_name(path: Path, entry: tarfile.TarInfo) -> tuple[str, str]:
-    """`dir/key.0.mp4` → ("dir/key", "0.mp4"), as webdataset splits names."""
-    folder, _, base = entry.name.rpartition("/")
-    stem, dot, member = base.partition(".")
-    if not entry.isreg() or entry.name.startswith("/") or ".." in entry.name.split("/"):
-        raise DataError(f"{path}: member {entry.name!r} is no plain file below the root of the archive")
-    if not stem or not dot or not member:
-        raise DataError(f"{path}: member {entry.name!r} is not named key.extension")
-    return f"{folder}/{stem}" if folder else stem, member.lower()
-
-
-def describe_sample(path: Path, number: int, key: str, members: dict[str, tuple[int, int]]) -> IndexedSample:
-    """The index entry of a sample; looks into its JSON for the kind and into its media for their facts."""
-    kind = INVALID_KIND
-    if "json" in members:
-        kind = _kind_of(read_range(path, *members["json"]))
-    media: dict[str, MediaProbe | str] = {}
-    for member, (offset, size) in members.items():
-        if member.rpartition(".")[2] not in VIDEO_EXTENSIONS + IMAGE_EXTENSIONS:
+def _check_fresh(folder: Path, shards: Sequence[ShardFacts], remedy: str) -> None:
+    for shard in shards:
+        if is_remote(shard.name):
             continue
-        try:
-            media[member] = probe_media(read_range(path, offset, size), key)
-        except SampleError as error:
-            media[member] = error.reason
-    return IndexedSample(key, number, kind, members, media)
-
-
-def _kind_of(text: bytes) -> str:
-    """The sample's kind by its schema name alone; whether the JSON is right is for the reader to find."""
-    try:
-        name = json.loads(text).get("schema")
-    except (ValueError, AttributeError, RecursionError):
-        return INVALID_KIND
-    return name.partition("/")[2].partition("@")[0] if isinstance(name, str) and name in SAMPLE_TYPES else INVALID_KIND
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as raw:
-        return hashlib.file_digest(raw, "sha256").hexdigest()
-
-
-def _sample_line(sample: IndexedSample) -> str:
-    media = {name: facts if isinstance(facts, str) else facts.to_json() for name, facts in sample.media.items()}
-    return json.dumps(
-        {"key": sample.key, "shard": sample.shard, "kind": sample.kind, "members": sample.members, "media": media},
-        separators=(",", ":"),
-    )
-
-
-def _fingerprint(shards: list[ShardFacts], samples: list[IndexedSample]) -> str:
-    digest = hashlib.sha256()
-    for shard in shards:
-        digest.update(f"{shard.name}\0{shard.size}\0{shard.sha256}\n".encode())
-    for sample in samples:
-        digest.update(_sample_line(sample).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def write_index(index: SourceIndex) -> Path:
-    """Write `index.jsonl` beside the shards; the file appears complete or not at all."""
-    header = {
-        "schema": INDEX_SCHEMA,
-        "samples": len(index.samples),
-        "fingerprint": index.fingerprint,
-        "shards": [vars(shard) for shard in index.shards],
-    }
-    path = index.folder / INDEX_NAME
-    temporary = path.with_name(f"{INDEX_NAME}.{os.getpid()}.partial")
-    try:
-        with temporary.open("w", encoding="utf-8") as out:
-            out.write(json.dumps(header, separators=(",", ":")) + "\n")
-            out.writelines(_sample_line(sample) + "\n" for sample in index.samples)
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def load_index(folder: str | Path) -> SourceIndex:
-    """The index of a source, after checking that it belongs to the shards that lie there.
-
-    A shard whose size and modification time are unchanged is trusted; one with another time is compared by checksum.
-    Raises DataError for a missing or damaged index, a missing shard and an index that is stale.
-    """
-    folder = Path(folder)
-    path = folder / INDEX_NAME
-    remedy = f"run `moss-train data index path={folder}`"
-    if not path.is_file():
-        shard_files(folder)
-        raise DataError(f"{path} is missing: {remedy}")
-    try:
-        with path.open(encoding="utf-8") as lines:
-            header = json.loads(next(lines))
-            if header.get("schema") != INDEX_SCHEMA:
-                raise DataError(f"{path} has schema {header.get('schema')!r}, not {INDEX_SCHEMA!r}: {remedy}")
-            shards = [ShardFacts(**entry) for entry in header["shards"]]
-            samples = [_read_sample(json.loads(line)) for line in lines]
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}") from error
-    if len(samples) != header["samples"] or _fingerprint(shards, samples) != header["fingerprint"]:
-        raise DataError(f"{path} is damaged (its fingerprint does not fit its lines): {remedy}")
-    _check_fresh(folder, shards, remedy)
-    return SourceIndex(folder, tuple(shards), tuple(samples), header["fingerprint"])
-
-
-def _read_sample(entry: dict[str, Any]) -> IndexedSample:
-    return IndexedSample(
-        key=entry["key"],
-        shard=entry["shard"],
-        kind=entry["kind"],
-        members={name: (offset, size) for name, (offset, size) in entry["members"].items()},
-        media={n: facts if isinstance(facts, str) else MediaProbe(**facts) for n, facts in entry["media"].items()},
-    )
-
-
-def _check_fresh(folder: Path, shards: list[ShardFacts], remedy: str) -> None:
-    for shard in shards:
         path = folder / shard.name
         if not path.is_file():
             raise DataError(f"shard {path} is missing: bring it back, or if it is gone for good, {remedy}")
@@ -272,7 +263,7 @@ def _check_fresh(folder: Path, shards: list[ShardFacts], remedy: str) -> None:
             raise DataError(
                 f"{path} has {now.st_size} bytes, its index says {shard.size}: if the new one is right, {remedy}"
             )
-        if now.st_mtime_ns != shard.mtime_ns and file_sha256(path) != shard.sha256:
+        if now.st_mtime_ns != shard.mtime_ns and contents_of_shard(path) != shard.digest:
             raise DataError(f"{path} is not the file that was indexed (checksum): if the new one is right, {remedy}")
     unknown = sorted({path.name for path in folder.glob("*.tar")} - {shard.name for shard in shards})
     if unknown:

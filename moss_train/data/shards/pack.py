@@ -7,7 +7,8 @@ from pathlib import Path
 import webdataset
 
 from moss_train.data.progress import progress_bar
-from moss_train.data.shards.index import INDEX_NAME, build_index, write_index
+from moss_train.data.shards.index import INDEX_NAME
+from moss_train.data.shards.index_build import build_index
 from moss_train.data.shards.staging import check_target, staged_folder
 from moss_train.errors import ConfigError, DataError, SampleError
 from moss_train.streams.schema import parse_sample
@@ -25,7 +26,7 @@ class PackOptions:
     source: str
     """Staging folder: `{key}.json` with its media `{key}.mp4`, `{key}.0.jpg`, … side by side."""
     out: str
-    """Folder to make: `shard-000000.tar …`, `index.jsonl`, and `quarantine.jsonl` when samples were left out."""
+    """Folder to make: `shard-000000.tar …`, `index.arrow`, and `quarantine.jsonl` when samples were left out."""
     shard_mb: int = 256
     """Size at which the next shard is begun, in MB; 256 to 1000 suits shared file systems."""
     overwrite: bool = False
@@ -78,7 +79,7 @@ def pack(
             raise DataError(f"{source} holds no sample that can be packed ({len(rejected)} left out{first})")
         if rejected:
             _write_rejected(partial / REJECTED_NAME, rejected)
-        write_index(build_index(partial, progress))
+        build_index(partial, progress=progress)
     return packed, rejected
 
 
