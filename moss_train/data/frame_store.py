@@ -1,95 +1,239 @@
-"""Decoded frames, once per request: a bounded cache in the training process, decoder processes for what it lacks.
+"""Decoded frames, once per clip and request: a bounded cache in the training process, decoder processes for the rest.
 
-What is cached answers the very same requests only, never part of others. So the pixels of a request depend on nothing
-that was asked before, not even where a decoder gives up on one part of a clip and another one takes its place.
+    store = FrameStore(pool, cache_mb)                  # pool None: decodes in this process, when a result is asked for
+    pending = store.request_all([FrameWant(corpus, number, requests, all_requests), …])   # those of one step, together
+    frames = pending[0].result()                        # uint8 [F, 3, S, S]; waits; raises SampleError
+    store.request(corpus, number, requests, all_requests).result()                        # one alone
+    store.close()
+
+Clips are known by their content (the digest of their bytes), so equal clips of different samples are decoded once.
+Wants of one call that need the same clip are decoded in one pass over it, however much their times differ.
+
+The pixels of a want are a function of the clip's bytes, the reader and the want's own times, never of what else was
+asked or cached: a reader gives the same picture for a time whatever the other times are, and where it fails, or another
+reader has to take its place, each want is decoded by itself. What is cached answers the very same times only.
 """
 
+import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 
 from moss_train.data.corpus import Corpus
 from moss_train.data.decoding.decode import DecodedArrays
-from moss_train.data.decoding.job import run_job
+from moss_train.data.decoding.job import DecodeJob, run_job
 from moss_train.data.decoding.pool import DecodePool
 from moss_train.errors import SampleError
 from moss_train.streams.compiled import FrameRequest
 
-_CacheKey = tuple[str, str, tuple[FrameRequest, ...]]
+_Clip = tuple[bytes, str, int | None]  #: digest of the bytes, reader, image size
+_CacheKey = tuple[_Clip, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class FrameWant:
+    """Frames of one sample. `all_requests` are those of its whole stream where `requests` are a share of them: the
+    reader is chosen by them, so that a frame's pixels do not depend on which share it lies in."""
+
+    corpus: Corpus
+    number: int
+    requests: Sequence[FrameRequest]
+    all_requests: Sequence[FrameRequest] | None = None
 
 
 class PendingFrames:
     """Frames that are being decoded, or are decoded already."""
 
-    def __init__(self, store: "FrameStore", cache_key: _CacheKey, corpus: Corpus):
-        self._store = store
-        self._cache_key = cache_key
+    def __init__(self, corpus: Corpus, parts: "list[_Part]", places: list[list[int]], error: SampleError | None = None):
         self._corpus = corpus
-        self._value: torch.Tensor | SampleError | None = None
-        self._futures: list[Future[DecodedArrays]] = []
-        self._work = []
-        try:
-            self._work = corpus.decode_jobs(cache_key[1], cache_key[2])
-        except SampleError as error:
-            self._value = error
-        if store.pool is not None:
-            self._futures = [store.pool.submit(job) for job, _ in self._work]
+        self._parts = parts
+        self._places = places
+        self._value: torch.Tensor | SampleError | None = error
 
     def result(self) -> torch.Tensor:
         """uint8 [F, 3, S, S]; waits for the decoder. Raises SampleError, the same one at every call."""
         if self._value is None:
             try:
-                if self._store.pool is not None:
-                    parts = [future.result() for future in self._futures]
-                else:
-                    parts = [run_job(job) for job, _ in self._work]
-                self._value = self._corpus.assemble(parts, [places for _, places in self._work])
+                decoded = [part.result() for part in self._parts]
+                self._value = self._corpus.assemble(decoded, self._places)
             except SampleError as error:
                 self._value = error
-            self._futures, self._work = [], []
-            self._store.settle(self._cache_key, self._value)
+            self._parts, self._places = [], []
         if isinstance(self._value, SampleError):
             raise self._value
         return self._value
 
 
 class FrameStore:
-    """Frames by (source, key, requests): from the cache, from a decoding under way, or from a new one."""
+    """Frames from the cache, from a decoding under way, or from a new one. Safe to use from several threads."""
 
     def __init__(self, pool: DecodePool | None, cache_mb: int):
         self.pool = pool
-        self.decoded = 0  #: clips decoded so far
-        self.cached = 0  #: clips served from the cache so far
+        self.decoded = 0  #: clips (requests of one) decoded so far
+        self.cached = 0  #: clips served from the cache, or from a decoding that another want had begun
         self._room = cache_mb << 20
-        self._cache: OrderedDict[_CacheKey, torch.Tensor] = OrderedDict()
         self._bytes = 0
-        self._under_way: dict[_CacheKey, PendingFrames] = {}
+        self._lock = threading.Lock()
+        self._cache: OrderedDict[_CacheKey, DecodedArrays] = OrderedDict()
+        # A decoding that nobody waits for any more is forgotten with its last owner.
+        self._under_way: WeakValueDictionary[_CacheKey, _Part] = WeakValueDictionary()
 
-    def request(self, corpus: Corpus, key: str, requests: tuple[FrameRequest, ...]) -> "PendingFrames | torch.Tensor":
-        """The frames if they are there, else the decoding, which has begun when there are decoder processes."""
-        cache_key = (corpus.name, key, requests)
-        frames = self._cache.get(cache_key)
-        if frames is not None:
-            self._cache.move_to_end(cache_key)
-            self.cached += 1
-            return frames
-        if cache_key not in self._under_way:
-            self._under_way[cache_key] = PendingFrames(self, cache_key, corpus)
-        return self._under_way[cache_key]
+    def request(
+        self,
+        corpus: Corpus,
+        number: int,
+        requests: Sequence[FrameRequest],
+        all_requests: Sequence[FrameRequest] | None = None,
+    ) -> PendingFrames:
+        """The frames of one sample; decoding begins at once when there are decoder processes."""
+        return self.request_all([FrameWant(corpus, number, requests, all_requests)])[0]
 
-    def settle(self, cache_key: _CacheKey, value: torch.Tensor | SampleError) -> None:
-        """A decoding has ended; keep its frames while there is room, the least recently used go first."""
-        self._under_way.pop(cache_key, None)
-        self.decoded += 1
-        if isinstance(value, SampleError) or value.nbytes > self._room:
-            return
-        self._cache[cache_key] = value
-        self._bytes += value.nbytes
-        while self._bytes > self._room:
-            _, oldest = self._cache.popitem(last=False)
-            self._bytes -= oldest.nbytes
+    def request_all(self, wants: Sequence[FrameWant]) -> list[PendingFrames]:
+        """The frames of several samples, in their order, with one pass over each clip. Raises no SampleError: the
+        results do."""
+        pending, passes = [], {}
+        for want in wants:
+            try:
+                work = want.corpus.decode_jobs(want.number, want.requests, want.all_requests)
+            except SampleError as error:
+                pending.append(PendingFrames(want.corpus, [], [], error))
+                continue
+            parts = [self._part(job, passes) for job, _ in work]
+            pending.append(PendingFrames(want.corpus, parts, [places for _, places in work]))
+        for clip_passes in passes.values():
+            for clip_pass in clip_passes:
+                clip_pass.begin(self.pool)
+        return pending
 
     def close(self) -> None:
         if self.pool is not None:
             self.pool.close()
+
+    def _part(self, job: DecodeJob, passes: "dict[_Clip, list[_Pass]]") -> "_Part":
+        clip = (job.digest, job.decoder, job.image_size)
+        cache_key = (clip, job.times_s)
+        with self._lock:
+            if cache_key in self._cache:
+                self._cache.move_to_end(cache_key)
+                self.cached += 1
+                return _Part(self, cache_key, job, None, self._cache[cache_key])
+            if cache_key in self._under_way:
+                self.cached += 1
+                return self._under_way[cache_key]
+            clip_passes = passes.setdefault(clip, [])
+            if not clip_passes or not clip_passes[-1].has_room(job):
+                clip_passes.append(_Pass())
+            part = _Part(self, cache_key, job, clip_passes[-1])
+            clip_passes[-1].add(job)
+            self._under_way[cache_key] = part
+            return part
+
+    def settle(self, cache_key: _CacheKey, value: DecodedArrays | SampleError) -> None:
+        """A decoding has ended; keep its frames while there is room, the least recently used go first."""
+        with self._lock:
+            self._under_way.pop(cache_key, None)
+            self.decoded += 1
+            if isinstance(value, SampleError) or value.frames.nbytes > self._room:
+                return
+            self._cache[cache_key] = value
+            self._bytes += value.frames.nbytes
+            while self._bytes > self._room:
+                _, oldest = self._cache.popitem(last=False)
+                self._bytes -= oldest.frames.nbytes
+
+
+class _Part:
+    """The pictures of one job: what one want asks of one clip."""
+
+    def __init__(
+        self,
+        store: FrameStore,
+        cache_key: _CacheKey,
+        job: DecodeJob,
+        clip_pass: "_Pass | None",
+        value: DecodedArrays | None = None,
+    ):
+        self._store = store
+        self._cache_key = cache_key
+        self._job = job
+        self._pass = clip_pass
+        self._value: DecodedArrays | SampleError | None = value
+        self._lock = threading.Lock()
+
+    def result(self) -> DecodedArrays:
+        with self._lock:
+            if self._value is None:
+                try:
+                    self._value = self._pass.decoded(self._job)
+                except SampleError as error:
+                    self._value = error
+                self._pass = None
+                self._store.settle(self._cache_key, self._value)
+        if isinstance(self._value, SampleError):
+            raise self._value
+        return self._value
+
+
+class _Pass:
+    """One pass over a clip for all jobs that need it."""
+
+    def __init__(self) -> None:
+        self._jobs: list[DecodeJob] = []
+        self._pool: DecodePool | None = None
+        self._future: Future[DecodedArrays] | None = None
+        self._lock = threading.Lock()
+
+    def has_room(self, job: DecodeJob) -> bool:
+        """Whether the pass stays within the limits of one request when it serves this job too."""
+        return job.limits.allow(len(self._times([*self._jobs, job])), job.image_size)
+
+    def add(self, job: DecodeJob) -> None:
+        self._jobs.append(job)
+
+    def begin(self, pool: DecodePool | None) -> None:
+        """Hand the pass to a decoder process; without a pool it waits for the first job that needs it."""
+        self._pool = pool
+        if pool is not None:
+            self._future = pool.submit(self._together())
+
+    def decoded(self, job: DecodeJob) -> DecodedArrays:
+        """The pictures of one of the jobs; raises its SampleError."""
+        together = self._together_decoded()
+        if isinstance(together, SampleError):
+            if len(self._jobs) == 1:
+                raise together
+        elif len(self._jobs) == 1:
+            return together
+        elif together.backend == job.decoder:
+            places = np.searchsorted(self._times(self._jobs), job.times_s)
+            return replace(together, frames=together.frames[places], times_s=together.times_s[places])
+        # A failure may belong to another job's times. So that it does not matter who shared the pass, it counts for
+        # nobody, and neither does what another reader gave instead.
+        return self._pool.submit(job).result() if self._pool is not None else run_job(job)
+
+    def _together_decoded(self) -> DecodedArrays | SampleError:
+        with self._lock:
+            if self._future is None:
+                self._future = Future()
+                try:
+                    self._future.set_result(run_job(self._together()))
+                except BaseException as error:
+                    self._future.set_exception(error)
+        try:
+            return self._future.result()
+        except SampleError as error:
+            return error
+
+    def _together(self) -> DecodeJob:
+        if len(self._jobs) == 1:
+            return self._jobs[0]
+        return replace(self._jobs[0], times_s=self._times(self._jobs))
+
+    @staticmethod
+    def _times(jobs: list[DecodeJob]) -> tuple[float, ...]:
+        return tuple(sorted({time for job in jobs for time in job.times_s}))

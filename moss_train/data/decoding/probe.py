@@ -1,16 +1,25 @@
 """What a media file says about itself: container, picture size, rate, length. Read from headers and packets."""
 
 import io
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from PIL import Image
 
+from moss_train.data.decoding.bitstream import Bitstream, is_known
 from moss_train.errors import ConfigError, SampleError
 
 #: FFmpeg demuxer of each container we accept. The demuxer is pinned, so that no file is read as a playlist.
 DEMUXERS = {"mp4": "mov", "avi": "avi", "matroska": "matroska", "mpegts": "mpegts", "flv": "flv", "ogg": "ogg"}
+
+
+#: a claimed frame rate beyond this is taken from the packets instead
+MAX_FRAME_RATE = 1000.0
+#: of one file, against headers that claim millions of them
+MAX_EMPTY_PACKETS = 100_000
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,8 @@ class MediaProbe:
     rotation: int  #: degrees the decoded picture must be turned counter-clockwise to stand upright: 0, 90, 180, 270
     pts_ok: bool  #: every packet has a time stamp and none is doubled
     gops_closed: bool  #: every keyframe is shown in the place in which it is stored, so frames can be counted from it
+    max_keyframe_gap: int  #: most pictures from one keyframe to the next, or to the end; 1 for stills
+    by_packets: bool  #: the packets' time stamps are the pictures', and we can look into them (`bitstream`)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,6 +88,24 @@ def open_video(data: bytes, container: str, key: str = ""):
         yield opened, stream
 
 
+def packets_of(opened, stream, size: int, key: str) -> Iterator:
+    """The packets of a stream that hold anything, as they are stored; `size` bytes is the whole file.
+
+    Raises SampleError when they hold more than twice the file: its tables are false, and following them has no end.
+    """
+    left, empty = 2 * size, 0
+    for packet in opened.demux(stream):
+        if not packet.size:
+            empty += 1
+            if empty > MAX_EMPTY_PACKETS:
+                raise SampleError(key, f"the file lists over {MAX_EMPTY_PACKETS} empty packets")
+            continue
+        left -= packet.size
+        if left < 0:
+            raise SampleError(key, "the packets that the file lists are larger than the file")
+        yield packet
+
+
 def quarter_turns(rotation: float) -> int:
     """Counter-clockwise quarter turns (numpy's rot90 k) of a display rotation in degrees."""
     return round(rotation / 90) % 4
@@ -117,48 +146,77 @@ def _probe_still(data: bytes, key: str, max_pixels: int) -> MediaProbe:
         if picture.getexif().get(0x0112, 1) >= 5:
             width, height = height, width
         codec = (picture.format or "").lower()
-    return MediaProbe("image", codec, width, height, 0.0, None, 1, 0, True, True)
+    return MediaProbe("image", codec, width, height, 0.0, None, 1, 0, True, True, 1, False)
 
 
 def _probe_video(data: bytes, container: str, key: str, max_pixels: int) -> MediaProbe:
     with open_video(data, container, key) as (opened, stream):
-        width, height = stream.codec_context.width, stream.codec_context.height
+        context = stream.codec_context
+        width, height = context.width, context.height
         check_pixels(width, height, max_pixels, key)
+        bitstream = Bitstream(context.name, context.extradata) if is_known(context.name) else None
         packets: list[tuple[int | None, bool]] = []
-        turns: int | None = None
-        for packet in opened.demux(stream):
-            if packet.size and not packet.is_discard:
+        first = None  #: the first picture that comes out
+        for packet in packets_of(opened, stream, len(data), key):
+            shown = bitstream is None or bitstream.look(memoryview(packet), packet.is_keyframe).shown
+            if shown and not packet.is_discard:
                 packets.append((packet.pts, packet.is_keyframe))
-            if turns is None:
-                for frame in packet.decode():
-                    turns, width, height = quarter_turns(frame.rotation), frame.width, frame.height
-                    break
-        if turns is None:
+            if first is None:
+                first = next(iter(context.decode(packet)), None)
+        if first is None:
+            first = next(iter(context.decode(None)), None)
+        if first is None:
             raise SampleError(key, "video holds no picture")
         stamps = sorted(pts for pts, _ in packets if pts is not None)
+        pts_ok = len(stamps) == len(packets) and all(b > a for a, b in zip(stamps, stamps[1:], strict=False))
         span = float((stamps[-1] - stamps[0]) * stream.time_base) if stamps else 0.0
-        rate = next((float(r) for r in (stream.average_rate, stream.guessed_rate, stream.base_rate) if r), None)
-        if rate is None:
-            rate = (len(stamps) - 1) / span if span > 0 else 1.0
-        duration = span + 1 / rate
-        if stream.duration and stream.duration > 0:
-            duration = float(stream.duration * stream.time_base)
-        elif opened.duration and opened.duration > 0:
-            duration = opened.duration / 1_000_000
-        if turns % 2:
-            width, height = height, width
+        rate = _frame_rate(stream, len(stamps), span)
+        turns = quarter_turns(first.rotation)
+        width, height = (first.height, first.width) if turns % 2 else (first.width, first.height)
         return MediaProbe(
             container=container,
-            codec=stream.codec_context.name,
+            codec=context.name,
             width=width,
             height=height,
-            duration_s=duration,
+            duration_s=_duration(opened, stream, span + 1 / rate),
             frame_rate=rate,
             frame_count=len(packets),
             rotation=turns * 90,
-            pts_ok=len(stamps) == len(packets) and all(b > a for a, b in zip(stamps, stamps[1:], strict=False)),
+            pts_ok=pts_ok,
             gops_closed=_gops_closed(packets, stamps),
+            max_keyframe_gap=_max_keyframe_gap([is_keyframe for _, is_keyframe in packets]),
+            by_packets=(
+                pts_ok
+                and container != "avi"  # it numbers packets as they are stored, not as they are shown
+                and bitstream is not None
+                and bitstream.plain
+                and first.pts == stamps[0]
+            ),
         )
+
+
+def _frame_rate(stream, frames: int, span: float) -> float:
+    """Average frames per second: the file's own word for it unless it cannot be."""
+    for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate):
+        if rate and 0 < rate <= MAX_FRAME_RATE:
+            return float(rate)
+    return (frames - 1) / span if span > 0 and frames > 1 else 1.0
+
+
+def _duration(opened, stream, counted: float) -> float:
+    """Seconds: the file's own word for it, unless that is far from what its packets' time stamps say."""
+    if stream.duration and stream.duration > 0:
+        claimed = float(stream.duration * stream.time_base)
+    elif opened.duration and opened.duration > 0:
+        claimed = opened.duration / 1_000_000
+    else:
+        return counted
+    return claimed if math.isfinite(claimed) and counted / 2 - 1 <= claimed <= 2 * counted + 1 else counted
+
+
+def _max_keyframe_gap(keyframes: list[bool]) -> int:
+    starts = [place for place, is_keyframe in enumerate(keyframes) if is_keyframe] or [0]
+    return max(b - a for a, b in zip(starts, [*starts[1:], len(keyframes)], strict=True))
 
 
 def _gops_closed(packets: list[tuple[int | None, bool]], stamps: list[int]) -> bool:
