@@ -12,6 +12,7 @@ from moss_train.data.decoding.decode import DecodedArrays, DecodeLimits
 from moss_train.data.decoding.job import DecodeJob, check_digest, read_range, run_job
 from moss_train.data.decoding.probe import MediaProbe
 from moss_train.data.shards.index import IndexedSample, SourceIndex, load_index
+from moss_train.data.shards.storage import ShardStore, is_remote
 from moss_train.errors import SampleError
 from moss_train.streams.compiled import CompiledStream, FrameRequest
 from moss_train.streams.config import CompilerConfig
@@ -22,8 +23,6 @@ from moss_train.streams.tokenizer import StreamTokenizer
 
 if TYPE_CHECKING:  # processes that only compile do without it
     import torch
-
-    from moss_train.data.shards.storage import ShardStore
 
 #: samples whose media are remembered by name, so that later epochs read no JSON to find them
 _MEDIA_NAMES = 100_000
@@ -36,13 +35,15 @@ def load_source(
     image_size: int | None = None,
     data: DataConfig | None = None,
     name: str = "",
-    store: "ShardStore | None" = None,
+    store: ShardStore | None = None,
 ) -> "Corpus":
     """Open a packed source, a folder or a URL. `tokenizer` is needed by `compile`, `image_size` (pixels) sizes the
     frames' tiles, `data` says how is decoded (its sources are not looked at), `store` fetches remote shards.
 
     Raises DataError when the shards and the index do not fit together.
     """
+    if store is None and is_remote(str(path)):
+        store = ShardStore.of(data or DataConfig())
     index = load_index(path, store)
     name = name or str(path).rstrip("/").rpartition("/")[2]
     return Corpus(name, index, tokenizer, compiler, image_size, data, store)
@@ -60,9 +61,9 @@ class Corpus:
         compiler: CompilerConfig | None = None,
         image_size: int | None = None,
         data: DataConfig | None = None,
-        store: "ShardStore | None" = None,
+        store: ShardStore | None = None,
     ):
-        data = data or DataConfig()
+        self.data = data = data or DataConfig()
         self.name = name
         self.index = index
         self.tokenizer = tokenizer
@@ -70,7 +71,9 @@ class Corpus:
         self._image_size = image_size
         self._decoder = data.decoder
         self._limits = DecodeLimits(max_pixels=data.max_frame_pixels)
-        self.store = store
+        if store is None and (is_remote(index.location) or any(is_remote(shard.name) for shard in index.shards)):
+            store = ShardStore.of(data)
+        self.store = store  #: fetches remote shards; None where all are local
         self._media_names: OrderedDict[int, dict[str, str]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -107,16 +110,7 @@ class Corpus:
         if self.tokenizer is None:
             raise ValueError("this corpus was opened without a tokenizer, so it cannot compile")
         entry = self.entry(number)
-        sample = parse_sample(self._read(entry, "json"), entry.key)
-        parts = compile_parts(sample, _media_info(entry, sample), self.tokenizer, self.compiler, budget, rng)
-        for part in parts:
-            asked = max(Counter(request.media_id for request in part.frames).values(), default=0)
-            # The decoder refuses them too, but where a clip's frames are shared out no decoder is asked for all.
-            if asked > self._limits.max_frames:
-                raise SampleError(
-                    entry.key, f"{asked} frames asked of one medium, the limit is {self._limits.max_frames}"
-                )
-        return parts
+        return compile_entry(entry, self._read(entry, "json"), self.tokenizer, self.compiler, budget, rng)
 
     def compile(
         self,
@@ -191,7 +185,11 @@ class Corpus:
         if name not in entry.members:
             raise SampleError(entry.key, f"the shard holds no {entry.key}.{name}")
         member = entry.members[name]
-        data = read_range(Path(self.index.shard_location(entry.shard)), member.offset, member.size)
+        location = self.index.shard_location(entry.shard)
+        if self.store is None:
+            data = read_range(Path(location), member.offset, member.size)
+        else:
+            data = self.store.read(location, member.offset, member.size, self.index.shards[entry.shard].size)
         check_digest(entry.key, data, member.digest)
         return data
 
@@ -208,6 +206,25 @@ class Corpus:
             raise SampleError(entry.key, f"a frame is asked of medium {media_id!r}, which the sample does not list")
         _facts(entry, media_id, names[media_id])
         return names[media_id]
+
+
+def compile_entry(
+    entry: IndexedSample,
+    text: bytes,
+    tokenizer: StreamTokenizer,
+    compiler: CompilerConfig,
+    budget: RowBudget | None = None,
+    rng: np.random.Generator | None = None,
+) -> list[CompiledStream]:
+    """The parts of a sample whose JSON is `text`; SampleError when it does not compile."""
+    sample = parse_sample(text, entry.key)
+    parts = compile_parts(sample, _media_info(entry, sample), tokenizer, compiler, budget, rng)
+    for part in parts:
+        asked = max(Counter(request.media_id for request in part.frames).values(), default=0)
+        # The decoder refuses them too, but where a clip's frames are shared out no decoder is asked for all of them.
+        if asked > DecodeLimits.max_frames:
+            raise SampleError(entry.key, f"{asked} frames asked of one medium, the limit is {DecodeLimits.max_frames}")
+    return parts
 
 
 def _media_info(entry: IndexedSample, sample: Sample) -> dict[str, MediaInfo]:

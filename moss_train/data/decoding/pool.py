@@ -47,6 +47,7 @@ class DecodePool:
         store: makes remote shards local; None where all are."""
         if workers < 1:
             raise ValueError("a pool needs at least one worker")
+        self.workers = workers
         self._jobs: queue.SimpleQueue[tuple[Job, Future] | None] = queue.SimpleQueue()
         self._timeout_s = timeout_s
         self._memory_mb = memory_mb

@@ -214,15 +214,21 @@ def load_index(location: str | Path, store: ShardStore | None = None) -> SourceI
         if not path.is_file():
             shard_files(Path(location))
             raise DataError(f"{path} is missing: {remedy}")
+    index = open_index(path, location)
+    if not is_remote(location):
+        _check_fresh(Path(location), index.shards, remedy)
+    return index
+
+
+def open_index(path: Path, location: str) -> SourceIndex:
+    """An index file, whatever has become of the shards at `location`. Raises DataError when it is damaged."""
     try:
         reader, header = open_arrow(path, ROWS, INDEX_SCHEMA)
         index = SourceIndex(location, path, reader, header)
     except ARROW_ERRORS as error:
-        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}") from error
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}): {remedy_of(location)}") from error
     if fingerprint_of(index.shards) != index.fingerprint:
-        raise DataError(f"{path} is damaged (its fingerprint does not fit its shards): {remedy}")
-    if not is_remote(location):
-        _check_fresh(Path(location), index.shards, remedy)
+        raise DataError(f"{path} is damaged (its fingerprint does not fit its shards): {remedy_of(location)}")
     return index
 
 
