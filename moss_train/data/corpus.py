@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moss_train.data.config import DataConfig
-from moss_train.data.decoding.decode import DecodedArrays, DecodeLimits
+from moss_train.data.decoding.decode import DecodedArrays, DecodeLimits, choose_reader
 from moss_train.data.decoding.job import DecodeJob, check_digest, read_range, run_job
 from moss_train.data.decoding.probe import MediaProbe
 from moss_train.data.shards.index import IndexedSample, SourceIndex, load_index
@@ -70,7 +70,7 @@ class Corpus:
         self.compiler = compiler or CompilerConfig()
         self._image_size = image_size
         self._decoder = data.decoder
-        self._limits = DecodeLimits(max_pixels=data.max_frame_pixels)
+        self._limits = DecodeLimits(max_pixels=data.max_frame_pixels, max_seconds=data.max_media_seconds)
         if store is None and (is_remote(index.location) or any(is_remote(shard.name) for shard in index.shards)):
             store = ShardStore.of(data)
         self.store = store  #: fetches remote shards; None where all are local
@@ -139,7 +139,11 @@ class Corpus:
     def decode_jobs(
         self, number: int, requests: Sequence[FrameRequest], all_requests: Sequence[FrameRequest] | None = None
     ) -> list[tuple[DecodeJob, list[int]]]:
-        """One job per medium that is asked for, with the places of its pictures among the requests."""
+        """One job per medium that is asked for, with the places of its pictures among the requests.
+
+        `all_requests` are those of the whole stream where `requests` are a share of them: the reader is chosen by
+        them, so that it does not depend on the share.
+        """
         places_of: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
             places_of.setdefault(request.media_id, []).append(place)
@@ -150,11 +154,21 @@ class Corpus:
         for media_id, places in places_of.items():
             name = self._member_of(number, entry, media_id)
             times = tuple(float(requests[place].time_s) for place in places)
-            work.append((self._job(entry, media_id, name, times), places))
+            whole = times
+            if all_requests is not None:
+                whole = tuple(float(request.time_s) for request in all_requests if request.media_id == media_id)
+            work.append((self._job(entry, media_id, name, times, whole), places))
         return work
 
-    def _job(self, entry: IndexedSample, media_id: str, name: str, times_s: tuple[float, ...]) -> DecodeJob:
-        member = entry.members[name]
+    def _job(
+        self,
+        entry: IndexedSample,
+        media_id: str,
+        name: str,
+        times_s: tuple[float, ...],
+        whole_times_s: tuple[float, ...],
+    ) -> DecodeJob:
+        member, facts = entry.members[name], _facts(entry, media_id, name)
         return DecodeJob(
             key=entry.key,
             shard=self.index.shard_location(entry.shard),
@@ -163,8 +177,8 @@ class Corpus:
             digest=member.digest,
             times_s=times_s,
             image_size=self._image_size,
-            decoder=self._decoder,
-            facts=_facts(entry, media_id, name),
+            decoder=choose_reader(self._decoder, facts, whole_times_s),
+            facts=facts,
             limits=self._limits,
             shard_size=self.index.shards[entry.shard].size,
         )

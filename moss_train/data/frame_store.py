@@ -26,7 +26,7 @@ import torch
 
 from moss_train.data.corpus import Corpus
 from moss_train.data.decoding.decode import DecodedArrays
-from moss_train.data.decoding.job import DecodeJob, run_job
+from moss_train.data.decoding.job import DecodeJob, Shards, run_job
 from moss_train.data.decoding.pool import DecodePool
 from moss_train.errors import SampleError
 from moss_train.streams.compiled import FrameRequest
@@ -103,7 +103,7 @@ class FrameStore:
             except SampleError as error:
                 pending.append(PendingFrames(want.corpus, [], [], error))
                 continue
-            parts = [self._part(job, passes) for job, _ in work]
+            parts = [self._part(job, passes, want.corpus.store) for job, _ in work]
             pending.append(PendingFrames(want.corpus, parts, [places for _, places in work]))
         for clip_passes in passes.values():
             for clip_pass in clip_passes:
@@ -114,7 +114,7 @@ class FrameStore:
         if self.pool is not None:
             self.pool.close()
 
-    def _part(self, job: DecodeJob, passes: "dict[_Clip, list[_Pass]]") -> "_Part":
+    def _part(self, job: DecodeJob, passes: "dict[_Clip, list[_Pass]]", store: Shards | None) -> "_Part":
         clip = (job.digest, job.decoder, job.image_size)
         cache_key = (clip, job.times_s)
         with self._lock:
@@ -127,7 +127,7 @@ class FrameStore:
                 return self._under_way[cache_key]
             clip_passes = passes.setdefault(clip, [])
             if not clip_passes or not clip_passes[-1].has_room(job):
-                clip_passes.append(_Pass())
+                clip_passes.append(_Pass(store))
             part = _Part(self, cache_key, job, clip_passes[-1])
             clip_passes[-1].add(job)
             self._under_way[cache_key] = part
@@ -182,7 +182,8 @@ class _Part:
 class _Pass:
     """One pass over a clip for all jobs that need it."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: Shards | None) -> None:
+        self._store = store  # fetches remote shards where there is no pool that does
         self._jobs: list[DecodeJob] = []
         self._pool: DecodePool | None = None
         self._future: Future[DecodedArrays] | None = None
@@ -214,14 +215,14 @@ class _Pass:
             return replace(together, frames=together.frames[places], times_s=together.times_s[places])
         # A failure may belong to another job's times. So that it does not matter who shared the pass, it counts for
         # nobody, and neither does what another reader gave instead.
-        return self._pool.submit(job).result() if self._pool is not None else run_job(job)
+        return self._pool.submit(job).result() if self._pool is not None else run_job(job, self._store)
 
     def _together_decoded(self) -> DecodedArrays | SampleError:
         with self._lock:
             if self._future is None:
                 self._future = Future()
                 try:
-                    self._future.set_result(run_job(self._together()))
+                    self._future.set_result(run_job(self._together(), self._store))
                 except BaseException as error:
                     self._future.set_exception(error)
         try:

@@ -5,6 +5,7 @@ the samples against their schema and their media, the pictures by decoding them.
 """
 
 import json
+import os
 import tempfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -49,8 +50,8 @@ class CheckOptions:
     """`none`; `ends`: the first, middle and last picture of every medium; `all`: every picture that training shows."""
     show: int = 20
     """Problems to list; all are counted."""
-    workers: int = 2
-    """Processes that read and decode; they are killed where a file hangs."""
+    workers: int = 0
+    """Processes that read and decode; one that crashes or hangs over a file is replaced. 0: one for each core."""
     decode_timeout_s: float = 60.0
     """How long one of them may take over one medium; seconds."""
     decode_memory_mb: int = 8192
@@ -63,8 +64,8 @@ class CheckOptions:
     def validate(self) -> None:
         if self.decode not in DECODE_MODES:
             raise ConfigError(f"decode={self.decode!r} is not one of {', '.join(DECODE_MODES)}")
-        if self.workers < 1:
-            raise ConfigError(f"workers={self.workers} must be at least 1")
+        if self.workers < 0:
+            raise ConfigError(f"workers={self.workers} must not be negative")
         self.tokenizer.validate()
         self.compiler.validate()
 
@@ -124,8 +125,8 @@ def check_command(options: CheckOptions) -> int:
 
 def check_source(options: CheckOptions, progress: bool = False) -> CheckResult:
     """Check every shard and every sample. Raises DataError only when there is no shard at all, or no ledger."""
-    result = CheckResult()
-    data = options.data()
+    result, data = CheckResult(), options.data()
+    workers = options.workers or os.cpu_count() or 1
     name = options.path.rstrip("/").rpartition("/")[2]
     listed = _read_ledger(Path(options.ledger)) if options.ledger is not None else None
     with ExitStack() as stack:
@@ -137,9 +138,9 @@ def check_source(options: CheckOptions, progress: bool = False) -> CheckResult:
         except DataError as error:
             result.problems.append(Problem(name, "", str(error)))
             scratch = stack.enter_context(tempfile.TemporaryDirectory())
-            index = build_index(options.path, scratch, options.workers, progress, None, data, store, result.on_fault)
+            index = build_index(options.path, scratch, workers, progress, None, data, store, result.on_fault)
         corpus = Corpus(name, index, load_tokenizer(options.tokenizer), options.compiler, 64, data, store)
-        pool = stack.enter_context(closing(DecodePool.of(data, options.workers, store)))
+        pool = stack.enter_context(closing(DecodePool.of(data, workers, store)))
         numbers: Iterable[int] = range(len(index))
         if listed is not None:
             numbers = [number for key in listed if (number := _find(index, key)) is not None]
