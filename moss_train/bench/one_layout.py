@@ -162,5 +162,6 @@ def synthetic_batch(model: ModelConfig, shape: Shape, seed: int) -> Batch:
         frame_slots_N=torch.arange(frames).repeat(rows),
         frame_positions_RF=anchors_F.expand(rows, frames).clone(),
         frame_counts_R=torch.full((rows,), frames),
+        origins_RT=torch.full((rows, tokens), -1),
         **counters,
     )

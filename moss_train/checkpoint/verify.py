@@ -103,6 +103,7 @@ def case_batch(io: dict[str, torch.Tensor], case: str, silence_id: int) -> Batch
         visible_hi_RT=(io[f"{case}.last_visible_frame"][None] + 1).to(torch.int32),
         sink_lo_RT=nothing,
         sink_hi_RT=nothing,
+        origins_RT=torch.full_like(ids_1T, -1),
         frames_NCHW=pixels_FCHW,
         frame_rows_N=torch.zeros(frames, dtype=torch.int64),
         frame_slots_N=torch.arange(frames),

@@ -58,6 +58,9 @@ class Batch:
     visible_hi_RT: torch.Tensor  #: int32
     sink_lo_RT: torch.Tensor  #: int32
     sink_hi_RT: torch.Tensor  #: int32
+    origins_RT: (
+        torch.Tensor
+    )  #: int64, number of the source in the blend that a token comes from; -1 = padding or unknown
     frames_NCHW: torch.Tensor  #: uint8 RGB (normalised in the vision tower), or float, already normalised; see bounds
     frame_rows_N: torch.Tensor  #: int64, the row of each frame
     frame_slots_N: torch.Tensor  #: int64, its index f within the row
@@ -91,7 +94,7 @@ class Batch:
         room = -self.ids_RT.shape[1] % multiple
         if not room:
             return self
-        fill = {"labels_RT": IGNORED_LABEL, "segments_RT": -1}
+        fill = {"labels_RT": IGNORED_LABEL, "segments_RT": -1, "origins_RT": -1}
         names = [field.name for field in fields(self) if field.name.endswith("_RT")]
         return replace(self, **{name: F.pad(getattr(self, name), (0, room), value=fill.get(name, 0)) for name in names})
 

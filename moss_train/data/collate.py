@@ -19,11 +19,13 @@ def collate(
     sources: Sequence[Sequence[str]] | None = None,
     share: FrameShare = ALL_FRAMES,
     bounds: tuple[int, ...] = (),
+    origins: Sequence[Sequence[int]] | None = None,
 ) -> Batch:
     """One microbatch of `rows`; a row is the list of its streams and may be empty (then it is padding alone).
 
     `image_size` S sizes the frame tensor when no stream has frames; None takes it from the streams. `sources` are
-    the names that go into `Batch.sources`. `share` and `bounds` (`Batch.frame_bounds`) say which of the frames are
+    the names that go into `Batch.sources`, `origins` the numbers that go into `Batch.origins_RT`, without them -1.
+    `share` and `bounds` (`Batch.frame_bounds`) say which of the frames are
     given: of each stream those that lie in [bounds[share.rank], bounds[share.rank + 1]) of all frames in order, which
     may be none; without them all are. The batch is T tokens wide, T the longest row's, at least 1; padding has id 0.
     Raises ValueError when a stream's frames do not fit its requests.
@@ -40,6 +42,7 @@ def collate(
     weights = np.zeros((height, width), np.float32)
     positions = np.zeros((height, width), np.int64)
     segments = np.full((height, width), -1, np.int32)
+    origin = np.full((height, width), -1, np.int64)
     visible_lo, visible_hi, sink_lo, sink_hi = (np.zeros((height, width), np.int32) for _ in range(4))
     frame_positions = np.zeros((height, depth), np.int64)
     frame_counts = np.zeros(height, np.int64)
@@ -53,6 +56,8 @@ def collate(
             weights[here] = stream.weights
             positions[here] = stream.positions
             segments[here] = segment
+            if origins is not None:
+                origin[here] = origins[row][segment]
             visible_lo[here] = stream.visible_lo + first
             visible_hi[here] = stream.visible_hi + first
             # Sinks inside the window are seen through it already; the two ranges stay disjoint.
@@ -75,6 +80,7 @@ def collate(
         visible_hi_RT=torch.from_numpy(visible_hi),
         sink_lo_RT=torch.from_numpy(sink_lo),
         sink_hi_RT=torch.from_numpy(sink_hi),
+        origins_RT=torch.from_numpy(origin),
         frames_NCHW=_join_frames([frames for row in rows for _, frames in row], image_size),
         frame_rows_N=torch.from_numpy(np.repeat(np.arange(height), counts)),
         frame_slots_N=torch.from_numpy(np.concatenate([np.arange(count) for count in counts])),
@@ -84,6 +90,19 @@ def collate(
         keys=tuple(tuple(stream.key for stream, _ in row) for row in rows),
         sources=tuple(tuple(names) for names in sources) if sources is not None else tuple(() for _ in rows),
     )
+
+
+def padding_of_batches(batches: Sequence[Batch]) -> tuple[float, float]:
+    """Share of all text places, and of all frame places, of microbatches that no stream fills; 0 where there is none.
+    Microbatches of padding alone, which keep ranks in step, do not count."""
+    held = np.zeros(4)
+    for batch in batches:
+        real = int((batch.segments_RT >= 0).sum())
+        if real:
+            counts = batch.frame_counts_R
+            held += [real, batch.segments_RT.numel(), int(counts.sum()), int(counts.max()) * batch.rows]
+    tokens, token_places, frames, frame_places = held.tolist()
+    return (1 - tokens / token_places if token_places else 0.0), (1 - frames / frame_places if frame_places else 0.0)
 
 
 def _check_frames(streams: list[RowStream], share: FrameShare, bounds: tuple[int, ...]) -> None:

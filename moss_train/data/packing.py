@@ -53,25 +53,12 @@ def plan_rows(
     microbatches as the rank that needs most, and spreads them evenly over their rows, since a microbatch is padded to
     its longest row. Raises ValueError for a stream that does not fit in a row.
     """
-    deal = _Deal(tokens, frames, limits, cost, ranks, multiple)
+    deal = Deal(tokens, frames, limits, cost, ranks, multiple)
     return [deal.microbatches(rank) for rank in range(ranks)]
 
 
-def plan_rank_rows(
-    tokens: Sequence[int],
-    frames: Sequence[int],
-    limits: RowLimits,
-    cost: CostConfig,
-    rank: int,
-    ranks: int,
-    multiple: int = 1,
-) -> list[Microbatch]:
-    """`plan_rows(…)[rank]`, without working out the other ranks' rows."""
-    return _Deal(tokens, frames, limits, cost, ranks, multiple).microbatches(rank)
-
-
-class _Deal:
-    """Which streams each rank has, and how many microbatches all of them run."""
+class Deal:
+    """Which streams each of `ranks` data ranks has, and how many microbatches all of them run; see `plan_rows`."""
 
     def __init__(
         self,
@@ -79,21 +66,26 @@ class _Deal:
         frames: Sequence[int],
         limits: RowLimits,
         cost: CostConfig,
-        ranks: int,
-        multiple: int,
+        ranks: int = 1,
+        multiple: int = 1,
     ):
         costs = stream_costs(cost, tokens, frames)
         self._limits = limits
+        dealt = deal_streams(costs, ranks) if limits.pack else deal_rows(costs, ranks)
+        loads = [sum(costs[stream] for stream in own) for own in dealt]
+        #: work of the rank that has most ÷ the mean: how long the others wait for it
+        self.imbalance = max(loads) * ranks / (sum(loads) or 1.0)
         if not limits.pack:
-            self._rows = [[[stream] for stream in own] for own in deal_rows(costs, ranks)]
+            self._rows = [[[stream] for stream in own] for own in dealt]
             self._count = microbatch_count(len(costs), ranks, limits.rows, multiple)
             return
-        self._dealt = deal_streams(costs, ranks)
-        self._lengths = [([tokens[s] for s in own], [frames[s] for s in own]) for own in self._dealt]
+        self._dealt = dealt
+        self._lengths = [([tokens[s] for s in own], [frames[s] for s in own]) for own in dealt]
         self._rows = [pack_rows(t, f, limits.tokens, limits.frames) for t, f in self._lengths]
         self._count = microbatch_count(max(map(len, self._rows)), 1, limits.rows, multiple)
 
     def microbatches(self, rank: int) -> list[Microbatch]:
+        """Those of one rank; the rows of the others are not worked out."""
         rows = self._rows[rank]
         if not self._limits.pack:
             return cut_runs(rows, self._count)
@@ -235,12 +227,6 @@ def padding_of(plan: list[list[Microbatch]], tokens: Sequence[int], frames: Sequ
         longest = sums.max(axis=0) * len(sums)
         figures += [sums[:, 0].sum(), longest[0], sums[:, 1].sum(), longest[1]]
     return Padding(*map(int, figures))
-
-
-def imbalance(plan: list[list[Microbatch]], costs: Sequence[float]) -> float:
-    """Cost of the rank with most work ÷ the mean: what the others wait for."""
-    loads = [sum(costs[s] for rows in own for row in rows for s in row) for own in plan]
-    return max(loads) * len(loads) / (sum(loads) or 1.0)
 
 
 def cut_frames(counts: Sequence[int], first: int, end: int) -> list[range]:

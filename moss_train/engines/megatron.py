@@ -321,7 +321,7 @@ class MegatronEngine:
                 forward_only=forward_only,
             )
             self._frames.finish()
-        return LossFigures.from_statistics(self._summed(outputs))
+        return LossFigures.from_statistics(self._summed(outputs), self._objective.sources)
 
     def _gather_skipped_weights(self, batches: Sequence[Batch]) -> None:
         """With overlapped gathering a layer asks for its weights when it runs. A process whose first batch has no
@@ -342,7 +342,8 @@ class MegatronEngine:
     def _summed(self, outputs: list) -> torch.Tensor:
         """The step's statistics on every rank; only the last stage has seen them."""
         state = self._parallel
-        summed = statistics(outputs) if state.last_stage else statistics([]).to(state.device)
+        sources = len(self._objective.sources)
+        summed = statistics(outputs, sources) if state.last_stage else statistics([], sources).to(state.device)
         torch.distributed.all_reduce(summed, group=state.data_group)
         if state.pipeline_ranks > 1:
             torch.distributed.all_reduce(summed, group=state.pipeline_group)

@@ -10,21 +10,22 @@ from moss_train.objectives.streaming_loss import LossOutput
 from moss_train.streams.compiled import Kind
 
 
-def statistics(outputs: Sequence[LossOutput]) -> torch.Tensor:
-    """float64 [1 + 3·7 + 6]: the loss, the per-kind sums, masses and counts, and the decisions of all `outputs`.
+def statistics(outputs: Sequence[LossOutput], sources: int = 0) -> torch.Tensor:
+    """float64 [1 + 3·7 + 6 + 2·S]: the loss, the per-kind sums, masses and counts, the decisions, and the sums and
+    counts of `sources` sources, of all `outputs`.
 
     Add the vectors of several ranks, then make `LossFigures.from_statistics` of the sum. No outputs give zeros.
     """
     if not outputs:
-        return torch.zeros(1 + 3 * len(Kind) + len(Decision), dtype=torch.float64)
+        return torch.zeros(1 + 3 * len(Kind) + len(Decision) + 2 * sources, dtype=torch.float64)
     parts = [
         torch.stack([output.loss.detach().double() for output in outputs]).sum()[None],
-        *(
-            torch.stack([getattr(output, name) for output in outputs]).sum(dim=0).double()
-            for name in ("per_kind_sum", "per_kind_mass", "per_kind_count", "decisions")
-        ),
+        *(torch.stack([getattr(output, name) for output in outputs]).sum(dim=0).double() for name in _SUMS),
     ]
     return torch.cat(parts)
+
+
+_SUMS = ("per_kind_sum", "per_kind_mass", "per_kind_count", "decisions", "per_source_sum", "per_source_count")
 
 
 @dataclass
@@ -36,6 +37,8 @@ class LossFigures:
     per_kind_share: dict[str, float]  #: the kind's share of the weighted loss
     per_kind_count: dict[str, int]  #: trained labels of the kind
     decisions: dict[str, float]  #: `metrics.decision_figures`; empty when nothing was to be decided
+    per_source: dict[str, float]  #: mean cross-entropy of a source's labels, in nats, unweighted; without absent ones
+    per_source_count: dict[str, int]  #: trained labels of the source
 
     @property
     def labels(self) -> int:
@@ -43,9 +46,10 @@ class LossFigures:
         return sum(self.per_kind_count.values())
 
     @classmethod
-    def from_statistics(cls, summed: torch.Tensor) -> "LossFigures":
-        """Figures of a vector made by `statistics`, summed over every rank that holds other data."""
-        loss, sums, masses, counts, decisions = summed.cpu().split([1, len(Kind), len(Kind), len(Kind), len(Decision)])
+    def from_statistics(cls, summed: torch.Tensor, sources: Sequence[str] = ()) -> "LossFigures":
+        """Figures of a vector made by `statistics` for `sources`, summed over every rank that holds other data."""
+        sizes = [1, len(Kind), len(Kind), len(Kind), len(Decision), len(sources), len(sources)]
+        loss, sums, masses, counts, decisions, source_sums, source_counts = summed.cpu().split(sizes)
         whole_mass = float(masses.sum())
         present = [kind for kind in Kind if counts[kind] > 0]
         return cls(
@@ -54,4 +58,12 @@ class LossFigures:
             per_kind_share={kind.name.lower(): float(masses[kind]) / whole_mass for kind in present if whole_mass},
             per_kind_count={kind.name.lower(): int(counts[kind]) for kind in present},
             decisions=decision_figures(decisions),
+            per_source={
+                name: float(total / count)
+                for name, total, count in zip(sources, source_sums, source_counts, strict=True)
+                if count > 0
+            },
+            per_source_count={
+                name: int(count) for name, count in zip(sources, source_counts, strict=True) if count > 0
+            },
         )

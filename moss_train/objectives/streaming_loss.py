@@ -1,14 +1,15 @@
 """The streaming loss: L = Σ wᵢ (1−pᵢ)^γ CEᵢ / Z, with Z taken over the whole global batch.
 
 Shape suffixes: R rows, T tokens of a row, V rows of the head (this rank's share under tensor parallelism),
-K trained positions of the microbatch. Per-kind vectors are indexed by the value of `Kind`.
+K trained positions of the microbatch. Per-kind vectors are indexed by the value of `Kind`,
+per-source vectors by the number of the source in the blend.
 
 wᵢ is the data's factor times the configured weight of the label's kind. γ applies to *state* labels only: idle
 and stop silence, and the first token of a reply (`metrics.reply_starts`). A label is trained when it is not -100
 and the data gives it a positive weight; a sample masked out by the loader (weights 0) is as if it were absent.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,6 +32,8 @@ class LossOutput:
     per_kind_sum: torch.Tensor  #: float64 [7], Σ CE: divide by the count for the mean CE of a kind
     per_kind_mass: torch.Tensor  #: float64 [7], Σ w (1−p)^γ CE: what each kind contributes to L before Z
     per_kind_count: torch.Tensor  #: float64 [7], trained labels
+    per_source_sum: torch.Tensor  #: float64 [S], Σ CE of the labels of each source of the blend
+    per_source_count: torch.Tensor  #: float64 [S], trained labels
     decisions: torch.Tensor  #: int64 [len(Decision)], zeros when the loss does not know the silence token
 
 
@@ -38,12 +41,14 @@ class StreamingLoss:
     """Weighted, optionally focal cross-entropy over the labels of a microbatch.
 
     silence_id: the id of the silence token, only needed to count decisions.
+    sources: names of the blend's S sources, by `Batch.origins_RT`; () when the loss is not to be told apart by source.
     """
 
-    def __init__(self, config: ObjectiveConfig, silence_id: int | None = None):
+    def __init__(self, config: ObjectiveConfig, silence_id: int | None = None, sources: Sequence[str] = ()):
         config.validate()
         self.config = config
         self.silence_id = silence_id
+        self.sources = tuple(sources)
         self.tensor_group: torch.distributed.ProcessGroup | None = None
         self._cross_entropy: CrossEntropy = partial(F.cross_entropy, reduction="none")
         self._weight_by_kind = torch.tensor(config.weight_by_kind(), dtype=torch.float32)
@@ -93,11 +98,21 @@ class StreamingLoss:
                 zeros = torch.zeros(len(Kind), dtype=torch.float64, device=values_K.device)
                 return zeros.index_add_(0, kinds_K, values_K.detach().double())
 
+            # The last place takes what is of no source.
+            origins_K = batch.origins_RT.T[trained_TR].clamp(-1, len(self.sources))
+            origins_K = torch.where(origins_K < 0, len(self.sources), origins_K)
+
+            def per_source(values_K: torch.Tensor) -> torch.Tensor:
+                zeros = torch.zeros(len(self.sources) + 1, dtype=torch.float64, device=values_K.device)
+                return zeros.index_add_(0, origins_K, values_K.detach().double())[:-1]
+
             return LossOutput(
                 loss=loss,
                 per_kind_sum=per_kind(ce_K),
                 per_kind_mass=per_kind(mass_K),
                 per_kind_count=per_kind(torch.ones_like(ce_K)),
+                per_source_sum=per_source(ce_K),
+                per_source_count=per_source(torch.ones_like(ce_K)),
                 decisions=decisions,
             )
 

@@ -18,9 +18,10 @@ def apply_blend(name: str, stage: StageConfig) -> None:
     """
     if stage.blend is None:
         return
-    if stage.data.shares:
+    shares = load_shares(name, stage.blend)
+    if stage.data.shares not in ({}, shares):
         raise ConfigError(f"stages.{name}: blend={stage.blend} and data.shares both say how to mix; leave one out")
-    stage.data.shares = load_shares(name, stage.blend)
+    stage.data.shares = shares
 
 
 def load_shares(name: str, blend: str) -> dict[str, float]:

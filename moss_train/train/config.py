@@ -33,8 +33,8 @@ class StageConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """The blend and how it is batched."""
     blend: str | None = None
-    """Mixture whose shares set the sources' weights: a file of `data_specs/blends/` by name (`moss_sft`) or a path. The
-    sources are then named after its parts, such as text, image and video. Null leaves the weights as given."""
+    """Mixture whose shares of text, image and video samples become `data.shares`: a file of `data_specs/blends/` by
+    name (`moss_sft`) or a path. Null leaves `data.shares` as given."""
     compiler: CompilerConfig = field(default_factory=CompilerConfig)
     """How samples become tokens: frame rate, frame limits, visibility."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -6,9 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
+from moss_train.data.collate import padding_of_batches
 from moss_train.data.loader import GlobalStep, Loader
 from moss_train.engines.memory import MemoryFigures, measure_step
 from moss_train.engines.protocol import Engine, StepOutput
@@ -95,19 +93,8 @@ def record_memory(tracker: Tracker, memory: MemoryFigures) -> None:
     tracker.record_metric("memory/peak_mb", peak / 1e6, reduce="last")
 
 
-def frames_of(batch: GlobalStep) -> int:
-    """Frames of the whole global batch; every process must call it."""
-    state = groups.state()
-    frames = sum(part.frames for part in batch.microbatches)
-    if state.data_ranks == 1:
-        return frames
-    total = torch.tensor(frames, device=state.device)
-    dist.all_reduce(total, group=state.data_group)
-    return int(total)
-
-
 def record_step(tracker: Tracker, batch: GlobalStep, output: StepOutput, seconds: float) -> None:
-    """Note the figures of one step, all of them the global batch's; every process must call it."""
+    """Note the figures of one step, all of them the global batch's but for the padding, which is this process's."""
     tracker.record_metric("loss", output.loss)
     for kind, loss in output.per_kind.items():
         tracker.record_metric(f"loss/{kind}", loss)
@@ -119,11 +106,26 @@ def record_step(tracker: Tracker, batch: GlobalStep, output: StepOutput, seconds
     for group, rate in output.lr.items():
         tracker.record_metric(f"learning_rate/{group}", rate, reduce="last")
     tracker.record_metric("tokens_per_s", output.labels, reduce="rate")
-    tracker.record_metric("frames_per_s", frames_of(batch), reduce="rate")
+    tracker.record_metric("frames_per_s", sum(counts.frames for counts in batch.sources.values()), reduce="rate")
     tracker.record_metric("data_wait", batch.data_wait_s / seconds)
     tracker.record_metric("step_seconds", seconds)
     tracker.record_metric("masked", batch.masked, reduce="sum")
     tracker.record_metric("skipped", float(output.skipped), reduce="sum")
+    record_sources(tracker, batch, output)
+
+
+def record_sources(tracker: Tracker, batch: GlobalStep, output: StepOutput) -> None:
+    """What each source of the blend gave and how well it is predicted; how evenly the batch was laid out."""
+    for name, counts in batch.sources.items():
+        tracker.record_metric(f"source/{name}/streams", counts.streams, reduce="sum")
+        tracker.record_metric(f"source/{name}/tokens", counts.tokens, reduce="sum")
+        tracker.record_metric(f"source/{name}/frames", counts.frames, reduce="sum")
+    for name, loss in output.per_source.items():
+        tracker.record_metric(f"source/{name}/loss", loss)
+    text, frame = padding_of_batches(batch.microbatches)
+    tracker.record_metric("data/text_padding", text)
+    tracker.record_metric("data/frame_padding", frame)
+    tracker.record_metric("data/imbalance", batch.imbalance)
 
 
 def _every(steps: int, step: int) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from moss_train.checkpoint.store import latest
+from moss_train.data.sources import SourceFigures
 from moss_train.errors import CheckpointError
 from moss_train.model.config import RecomputeConfig
 from moss_train.model.parts import split_layers
@@ -78,19 +79,35 @@ def describe(run: RunConfig, plans: list[StagePlan]) -> str:
         f"  {run.precision}; recompute: {_recompute(run.engine.recompute)}",
     ]
     for plan in plans:
-        stage, summary = plan.config, plan.summary
+        stage = plan.config
         start = plan.origin.path if plan.origin else stage.init
         done = latest(plan.checkpoints)
         lines.append(
             f"  {plan.name}: {plan.steps} steps × {stage.data.global_batch_size} streams "
-            f"= {plan.steps / plan.steps_per_epoch:.2f} epochs of {summary['epoch_samples']} samples; "
+            f"= {plan.steps / plan.steps_per_epoch:.2f} epochs of {plan.epoch_samples:,} samples; "
             f"trains {stage.trainable} ({plan.trained_parameters:,}); lr {stage.optim.lr:g} "
             f"{stage.optim.schedule}; from {start}" + (f"; goes on from {done.name}" if done else "")
         )
-        for name, source in summary["sources"].items():
-            kinds = ", ".join(f"{count} {kind}" for kind, count in source["kinds"].items())
-            lines.append(f"    {name}: {kinds}; {source['share']:.0%} of the blend")
+        lines += [f"    {line}" for name, source in plan.sources.items() for line in _describe_source(name, source)]
     return "\n".join(lines)
+
+
+def _describe_source(name: str, source: SourceFigures) -> list[str]:
+    """What the blend takes from a source, and what it leaves."""
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in source.kinds.items())
+    hours = f"; {source.video_hours:,.1f} h of video" if source.video_hours >= 0.05 else ""
+    lines = [
+        f"{name}: {kinds}{hours}; {source.epoch_samples:,} an epoch ({source.passes:.2f} passes)",
+        f"  {source.share:.0%} of the streams, {source.token_share:.0%} of the text, {source.frame_share:.0%} of the "
+        f"frames; mean {source.mean_tokens:,.0f} tokens, {source.mean_frames:,.1f} frames",
+    ]
+    counts = (
+        (source.split, f"{source.split:,} longer than a row, split"),
+        (source.over_budget, f"{source.over_budget:,} longer than a row, left out"),
+        (source.faulty, f"{source.faulty:,} do not compile, left out"),
+    )
+    notes = [text for count, text in counts if count]
+    return [*lines, f"  of its samples {'; '.join(notes)}"] if notes else lines
 
 
 def _layout(run: RunConfig) -> str:

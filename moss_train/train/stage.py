@@ -120,7 +120,7 @@ def run_stage(
         model,
         trainable_names(whole, plan.config.trainable),
         plan.config.optim,
-        StreamingLoss(plan.config.objective, tokenizer.special.silence),
+        StreamingLoss(plan.config.objective, tokenizer.special.silence, tuple(plan.sources)),
         plan.steps,
     )
     if newest is None and origin is not None:
@@ -162,11 +162,11 @@ def run_stage(
 
 
 def _losses(counters: dict[str, int], plan: StagePlan) -> str:
-    masked, over_budget = counters["masked"], counters["over_budget"]
-    text = f"{masked} of {masked + counters['streams']} streams were left out: {over_budget} over budget"
-    if counters["quarantined"]:
-        text += f", {masked - over_budget} from {counters['quarantined']} bad samples, see {_ledger(plan)}"
-    return text
+    masked = counters["masked"]
+    return (
+        f"{masked} of {masked + counters['streams']} streams were masked: {counters['quarantined']} samples are "
+        f"quarantined, see {_ledger(plan)}"
+    )
 
 
 def _ledger(plan: StagePlan) -> Path:

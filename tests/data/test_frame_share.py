@@ -207,7 +207,7 @@ def test_what_one_share_could_not_decode_leaves_all_shares(
             assert not any(told)
         for rank, whole in enumerate(wholes):
             step = joined_steps(steps[rank * shares : (rank + 1) * shares])
-            assert step.masked == whole.masked == 2 and "breaks" not in content(step)
+            assert step.masked == whole.masked == whole.keys.count("breaks") > 0 and "breaks" not in content(step)
             assert {fault.key for fault in step.quarantined} == ({"breaks", "json"} if epoch == 0 else set())
             for batch, delivered in zip(whole.microbatches, step.microbatches, strict=True):
                 assert same(batch, delivered)
@@ -235,10 +235,9 @@ def test_shares_are_cached_while_they_are_cut_alike(mixed: Path):
             step = next(loader)
             asked = sum(len(batch.frames_NCHW) > 0 for batch in step.microbatches)
             assert 0 < asked < len(step.microbatches)
-            # The step after it, all of the next epoch, has been asked for already.
+            assert (loader.counters()["clips_decoded"], loader.counters()["clips_cached"]) == (asked, 0)
+            next(loader)  # all of the next epoch
             assert (loader.counters()["clips_decoded"], loader.counters()["clips_cached"]) == (asked, asked)
-            next(loader)
-            assert (loader.counters()["clips_decoded"], loader.counters()["clips_cached"]) == (asked, 2 * asked)
 
 
 @pytest.mark.parametrize("multiple", [1, 2, 3, 4, 8])

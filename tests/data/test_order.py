@@ -3,17 +3,24 @@
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moss_train.data.blend import Blend, BlendSource
-from moss_train.data.config import DataConfig
+from moss_train.data.blend import Blend, BlendSource, order_changes
+from moss_train.data.config import MODALITIES, DataConfig
 from moss_train.data.order import augmentation_rng, hashed, permutation, uniform, windowed_shuffle
+from moss_train.errors import DataError
 
 
-def source(name: str, shard_sizes: list[int], weight: float = 1.0) -> BlendSource:
+def source(
+    name: str, shard_sizes: list[int], weight: float = 1.0, modalities: str = "video", **caps: float
+) -> BlendSource:
+    """`modalities`: one for all units, or a list of them separated by spaces that is repeated."""
     shards = np.repeat(np.arange(len(shard_sizes)), shard_sizes).astype(np.int32)
-    return BlendSource(name, weight, f"fingerprint of {name}", shards)
+    codes = np.resize([MODALITIES.index(word) for word in modalities.split()], len(shards)).astype(np.int8)
+    identity = {"index": f"fingerprint of {name}", "samples": len(shards)}
+    return BlendSource(name, np.arange(len(shards), dtype=np.int32), shards, codes, identity, weight, **caps)
 
 
 def blend(sources: list[BlendSource], seed: int = 0, **data: object) -> Blend:
@@ -35,12 +42,13 @@ def test_batches_of_an_epoch_hold_every_sample_once_and_wrap(first, second, seed
     assert (steps - 1) * batch_size < total <= steps * batch_size
     batches = [made[0].global_batch(epoch, step) for step in range(steps)]
     assert all(len(batch) == batch_size for batch in batches)
-    flat = [entry for batch in batches for entry in batch]
+    flat = [tuple(entry) for batch in batches for entry in batch.tolist()]
     assert len(set(flat[:total])) == total
     assert flat[total:] == (flat[:total] * batch_size)[: len(flat) - total]
     assert made[0].wrapped_samples == len(flat) - total
     # Another object, asked in another sequence, gives the same batches.
-    assert [made[1].global_batch(epoch, step) for step in reversed(range(steps))] == batches[::-1]
+    again = [made[1].global_batch(epoch, step) for step in reversed(range(steps))]
+    assert all(np.array_equal(first, second) for first, second in zip(again, batches[::-1], strict=True))
 
 
 @given(st.integers(1, 60), st.floats(0.05, 3.5), st.integers(0, 5))
@@ -89,6 +97,11 @@ def test_fingerprint_depends_on_everything_the_order_depends_on():
             ]
         ),
         blend([source("a", [9])], **base, shuffle_window_shards=2),
+        blend([source("a", [9])], **base, temperature=2.0),
+        blend([source("a", [9])], **base, over_budget="split"),
+        blend([source("a", [9])], **base, shares={"video": 1.0}),
+        blend([source("a", [9], max_samples=5)], **base),
+        blend([source("a", [9], max_epochs=5.0)], **base),
     ]
     assert len({first, *(b.fingerprint for b in changed)}) == len(changed) + 1
 
@@ -96,7 +109,7 @@ def test_fingerprint_depends_on_everything_the_order_depends_on():
 def test_sources_are_mixed_in_proportion_all_along_the_epoch():
     made = blend([source("a", [900]), source("b", [100])], global_batch_size=100)
     for step in range(10):
-        share = sum(which == 1 for which, _ in made.global_batch(3, step))
+        share = (made.global_batch(3, step)[:, 0] == 1).sum()
         assert 5 <= share <= 15
 
 
@@ -133,6 +146,69 @@ def test_augmentation_depends_on_seed_epoch_and_key():
         augmentation_rng(*words).random() for words in [(0, 0, "a"), (0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b")]
     ]
     assert draws[0] == draws[1] and len(set(draws)) == 4
+
+
+def counts(made: Blend, epoch: int = 0) -> Counter:
+    """(source, modality) → units of an epoch."""
+    return Counter(
+        (made.sources[which].name, MODALITIES[made.sources[which].modalities[unit]])
+        for which, unit in made.epoch_order(epoch).tolist()
+    )
+
+
+def test_units_that_are_left_out_never_come():
+    made = BlendSource("a", np.array([1, 3, 4], np.int32), np.zeros(3, np.int32), np.zeros(3, np.int8), {})
+    assert sorted(blend([made], global_batch_size=2).epoch_order(0)[:, 1].tolist()) == [1, 3, 4]
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.floats(1, 50))
+@settings(max_examples=60, deadline=None)
+def test_temperature_evens_out_sources_and_keeps_the_length_of_the_epoch(first: int, second: int, temperature: float):
+    made = blend([source("a", [first]), source("b", [second])], temperature=temperature)
+    sizes = [made.source_size(number, 0) for number in range(2)]
+    assert abs(sum(sizes) - first - second) <= 2
+    expected = (first / second) ** (1 / temperature)
+    if min(sizes) > 20:
+        assert sizes[0] / sizes[1] == pytest.approx(expected, rel=0.1)
+    made.epoch_order(0)
+
+
+def test_caps_hold_an_epoch_and_a_whole_run():
+    made = blend([source("a", [100], max_samples=30), source("b", [40], max_epochs=2.5)], global_batch_size=10)
+    drawn = [made.epoch_order(epoch) for epoch in range(4)]
+    assert [(order[:, 0] == 0).sum() for order in drawn] == [30] * 4
+    assert [(order[:, 0] == 1).sum() for order in drawn] == [40, 40, 20, 0]
+    assert len({frozenset(order[order[:, 0] == 0, 1].tolist()) for order in drawn}) == 4
+    assert [made.steps_per_epoch(epoch) for epoch in range(4)] == [7, 7, 5, 3]
+    assert (made.steps_of(2.0), made.steps_of(2.5), made.steps_of(0.01)) == (14, 17, 1)
+    assert made.after(1, 6) == (2, 0) and made.after(2, 3) == (2, 4)
+    alone = blend([source("b", [40], max_epochs=1)], global_batch_size=10)
+    with pytest.raises(DataError, match="epoch 1 of the blend holds no sample.*max_epochs"):
+        alone.steps_per_epoch(1)
+
+
+def test_shares_of_modalities_hold_whatever_source_they_come_from():
+    sources = [source("a", [60, 60], modalities="text image video"), source("b", [100], modalities="video")]
+    made = blend(sources, shares={"text": 0.25, "image": 0.25, "video": 0.5}, global_batch_size=16)
+    drawn = counts(made)
+    assert sum(n for (_, m), n in drawn.items() if m == "text") == 40  # the scarcest for its share is read whole
+    assert sum(n for (_, m), n in drawn.items() if m == "image") == 40
+    assert sum(n for (_, m), n in drawn.items() if m == "video") in (79, 80)
+    # Within a modality sources keep their proportion.
+    assert drawn["b", "video"] / drawn["a", "video"] == pytest.approx(100 / 40, rel=0.1)
+    # A modality without a share does not come.
+    assert {m for _, m in counts(blend(sources, shares={"video": 1.0}))} == {"video"}
+    with pytest.raises(DataError, match="shares.text=0.5, but no source holds"):
+        blend([sources[1]], shares={"text": 0.5, "video": 0.5})
+
+
+def test_what_changed_is_named():
+    first = blend([source("a", [9]), source("b", [4])]).order_settings
+    second = blend([source("a", [9, 3], 0.5), source("c", [4])], pack_frames=9).order_settings
+    told = order_changes(first, second)
+    assert "sources.a.samples was 9, is 12" in told and "sources.a.weight was 1.0, is 0.5" in told
+    assert any(line.startswith("sources.b was {") for line in told) and "pack_frames was 256, is 9" in told
+    assert order_changes(first, first) == []
 
 
 def test_tokenizer_and_compiler_settings_are_part_of_the_order():

@@ -77,6 +77,7 @@ def batch(seed: int, rows: int = 2, length: int = 10, frames: int = 3) -> Batch:
         visible_hi_RT=visible_hi_RT,
         sink_lo_RT=zeros.clone(),
         sink_hi_RT=zeros.clone(),
+        origins_RT=torch.full_like(ids_RT, -1),
         frames_NCHW=torch.randint(0, 256, (rows * frames, 3, 16, 16), generator=generator).to(torch.uint8),
         frame_rows_N=torch.arange(rows).repeat_interleave(frames),
         frame_slots_N=torch.arange(frames).repeat(rows),

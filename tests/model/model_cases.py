@@ -93,6 +93,7 @@ def pack(rows: list[list[dict]], padding: int = 0) -> Batch:
         visible_hi_RT=out["hi"].int(),
         sink_lo_RT=out["slo"].int(),
         sink_hi_RT=out["shi"].int(),
+        origins_RT=torch.full_like(out["ids"], -1),
         frames_NCHW=torch.cat(pixels) if pixels else torch.zeros(0, 3, IMAGE, IMAGE, dtype=torch.uint8),
         frame_rows_N=torch.tensor(frame_rows, dtype=torch.int64),
         frame_slots_N=torch.tensor(frame_slots, dtype=torch.int64),

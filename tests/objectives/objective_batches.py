@@ -26,6 +26,7 @@ def batch_of(kinds, labels, weights=None, segments=None) -> Batch:
         visible_hi_RT=zeros.clone(),
         sink_lo_RT=zeros.clone(),
         sink_hi_RT=zeros.clone(),
+        origins_RT=torch.full_like(kinds_RT.long(), -1),
         frames_NCHW=torch.zeros(0, 3, 2, 2, dtype=torch.uint8),
         frame_rows_N=torch.zeros(0, dtype=torch.int64),
         frame_slots_N=torch.zeros(0, dtype=torch.int64),

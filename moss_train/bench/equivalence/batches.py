@@ -7,7 +7,7 @@ from moss_train.bench.equivalence.streams import IMAGE_SIZE, MAX_FRAMES, MAX_TOK
 from moss_train.data.batch import Batch, FrameShare
 from moss_train.data.collate import RowStream, collate
 from moss_train.data.config import CostConfig
-from moss_train.data.packing import RowLimits, pack_rows, plan_rank_rows
+from moss_train.data.packing import Deal, RowLimits, pack_rows
 from moss_train.parallel.groups import ParallelState
 
 
@@ -29,9 +29,8 @@ def microbatches(case: Case, step: int, state: ParallelState) -> list[Batch]:
     limits = RowLimits(MAX_TOKENS, MAX_FRAMES, case.micro_batch_rows, case.pack)
     # The interleaved schedule runs as many microbatches at a time as there are stages.
     multiple = case.layout.pp if case.layout.vpp > 1 else 1
-    plan = plan_rank_rows(
-        *_lengths(streams), limits, CostConfig(), rank=state.data_rank, ranks=state.data_ranks, multiple=multiple
-    )
+    deal = Deal(*_lengths(streams), limits, CostConfig(), state.data_ranks, multiple)
+    plan = deal.microbatches(state.data_rank)
     share = FrameShare(state.share_rank, state.share_ranks)
     return [collate([[streams[n] for n in row] for row in rows], IMAGE_SIZE).share(share) for rows in plan]
 
