@@ -1,7 +1,8 @@
 """`data convert`: annotation files and a folder of media become a staging folder that `data pack` reads.
 
-Media are found by base name below `media_root`, since annotations carry the paths of another machine. A row that cannot
-be converted is written to `quarantine.jsonl` with its key and the reason; the others go on.
+Media are found by base name below `media_root`, since annotations carry the paths of another machine; where they name
+a video without its extension, by that (mp4 before the others). A row that cannot be converted is written to
+`quarantine.jsonl` with its key and the reason; the others go on.
 """
 
 import filecmp
@@ -16,9 +17,9 @@ from typing import Any
 
 from moss_train.data.shards.staging import check_target, staged_folder
 from moss_train.errors import ConfigError, DataError, SampleError
-from moss_train.streams.importers.common import Imported
-from moss_train.streams.importers.conversations import import_conversation
-from moss_train.streams.importers.moss import import_moss_row
+from moss_train.streams.importers.common import ImportContext, Imported
+from moss_train.streams.importers.formats import FORMATS
+from moss_train.streams.media import VIDEO_EXTENSIONS
 from moss_train.streams.schema import dump_sample, parse_sample
 
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -37,16 +38,22 @@ class ConvertOptions:
     out: str
     """Staging folder to make."""
     source: str = "moss"
-    """Form of the annotations: `moss` (the reference's sharegpt rows), `conversations` (LLaVA and message lists) or
-    `examples` (one sample of our own schema a file, its media named in `source_metadata.files`)."""
+    """Form of the annotations. `examples`: one sample of our own schema a file, its media named in
+    `source_metadata.files`. `moss`: the reference's sharegpt rows. `conversations`: LLaVA and message lists.
+    `llava_video`, `activitynet`, `coin`, `ego4d`, `videollm_online`, `text_stream` (LiveCC, Inf-Streams) and `streamo`:
+    the files as published, see data_specs/README.md."""
+    fps: float = 1.0
+    """Frames a second of the streams that are made of timed annotations; replies start at these frames."""
     copy: bool = True
     """Copy the media; False makes hard links where the file system allows it."""
     overwrite: bool = False
     """Replace `out` when an earlier `data convert` made it."""
 
     def validate(self) -> None:
-        if self.source not in READERS:
-            raise ConfigError(f"source={self.source!r} is unknown; use one of {', '.join(READERS)}")
+        if self.source not in SOURCES:
+            raise ConfigError(f"source={self.source!r} is unknown; use one of {', '.join(SOURCES)}")
+        if not 0 < self.fps <= 1000:
+            raise ConfigError(f"fps={self.fps} must lie above 0 and be at most 1000")
 
 
 @dataclass(frozen=True)
@@ -81,11 +88,12 @@ def convert(options: ConvertOptions) -> ConvertSummary:
     check_target(out, MARKER_NAME, "data convert", options.overwrite)
     files = _annotation_files(Path(options.annotations))
     media = _media_by_name(Path(options.media_root))
+    context = ImportContext(options.fps, _videos_by_stem(media))
     written: Counter = Counter()
     quarantined: list[SampleError] = []
     with staged_folder(out) as partial:
         keys: set[str] = set()
-        for key, row in READERS[options.source](files):
+        for key, row in _rows(files, options.source, context):
             try:
                 if isinstance(row, SampleError):
                     raise row
@@ -132,6 +140,16 @@ def _media_by_name(root: Path) -> dict[str, list[Path]]:
     return found
 
 
+def _videos_by_stem(media: dict[str, list[Path]]) -> dict[str, str]:
+    """Base name without extension → base name, of the videos; the first extension in the order of preference."""
+    videos: dict[str, str] = {}
+    for extension in VIDEO_EXTENSIONS:
+        for name in media:
+            if name.lower().endswith(f".{extension}"):
+                videos.setdefault(name.rpartition(".")[0], name)
+    return videos
+
+
 def _resolve(key: str, listed: str, media: dict[str, list[Path]]) -> Path:
     """The one file with the base name of `listed`; equal copies count as one."""
     name = PureWindowsPath(listed).name if "\\" in listed else PurePosixPath(listed).name
@@ -158,26 +176,32 @@ def _place(path: Path, target: Path, copy: bool) -> None:
 Row = tuple[str, Callable[[], Imported] | SampleError]
 
 
-def _rows(files: list[Path], read: Callable[[dict, str], Imported]) -> Iterator[Row]:
-    """The rows of JSON lists and JSON lines, with keys `<file>-000000` onwards."""
+def _rows(files: list[Path], source: str, context: ImportContext) -> Iterator[Row]:
+    """The rows of all files, with keys `<file>-000000` onwards; of `examples` one row a file, with its name."""
+    if source == "examples":
+        yield from _examples(files)
+        return
+    form = FORMATS[source]
     for file in files:
         stem = file.stem.replace(".", "_")
         try:
-            rows = _load_rows(file)
+            loaded = _load(file)
         except (ValueError, RecursionError) as error:
             yield stem, SampleError(stem, f"{file.name} is not JSON: {error}")
             continue
-        for index, row in enumerate(rows):
-            key = f"{stem}-{index:06d}"
-            yield key, (lambda row=row, key=key: read(row, key))
+        try:
+            for index, row in enumerate(form.rows(loaded)):
+                key = f"{stem}-{index:06d}"
+                yield key, (lambda row=row, key=key: form.read(row, key, context))
+        except SampleError as error:  # the file as a whole has another form
+            yield stem, SampleError(stem, f"{file.name}: {error.reason}; is it of source={source}?")
 
 
-def _load_rows(file: Path) -> list[Any]:
+def _load(file: Path) -> Any:
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".jsonl":
         return [json.loads(line) for line in text.splitlines() if line.strip()]
-    loaded = json.loads(text)
-    return loaded if isinstance(loaded, list) else [loaded]
+    return json.loads(text)
 
 
 def _example(file: Path) -> Imported:
@@ -201,8 +225,4 @@ def _write_lines(path: Path, entries: list[dict]) -> None:
     path.write_text(lines, encoding="utf-8")
 
 
-READERS: dict[str, Callable[[list[Path]], Iterator[Row]]] = {
-    "moss": lambda files: _rows(files, import_moss_row),
-    "conversations": lambda files: _rows(files, import_conversation),
-    "examples": _examples,
-}
+SOURCES = ("examples", *FORMATS)

@@ -123,7 +123,7 @@ def test_absent_folders_are_named(tmp_path, field):
 
 
 def test_unknown_source_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="moss, conversations, examples"):
+    with pytest.raises(ConfigError, match="use one of examples, moss, conversations, llava_video, activitynet"):
         options(tmp_path, tmp_path, source="mosss").validate()
 
 
