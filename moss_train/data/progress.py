@@ -10,5 +10,6 @@ Item = TypeVar("Item")
 
 
 def progress_bar(items: Sequence[Item], title: str, shown: bool) -> Iterator[Item]:
-    """`items`, with a bar that names them `title` when `shown`."""
-    yield from track(items, title, disable=not shown, console=Console(stderr=True), transient=True)
+    """`items`, with a bar that names them `title` when `shown` and somebody looks: a file gets no trace of it."""
+    console = Console(stderr=True)
+    yield from track(items, title, disable=not (shown and console.is_terminal), console=console, transient=True)
