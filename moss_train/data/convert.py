@@ -184,24 +184,29 @@ def _rows(files: list[Path], source: str, context: ImportContext) -> Iterator[Ro
     form = FORMATS[source]
     for file in files:
         stem = file.stem.replace(".", "_")
+        count = 0
         try:
-            loaded = _load(file)
-        except (ValueError, RecursionError) as error:
-            yield stem, SampleError(stem, f"{file.name} is not JSON: {error}")
-            continue
-        try:
-            for index, row in enumerate(form.rows(loaded)):
-                key = f"{stem}-{index:06d}"
-                yield key, (lambda row=row, key=key: form.read(row, key, context))
+            for loaded in _documents(file):
+                for row in form.rows(loaded):
+                    key = f"{stem}-{count:06d}"
+                    count += 1
+                    yield key, (lambda row=row, key=key: form.read(row, key, context))
         except SampleError as error:  # the file as a whole has another form
             yield stem, SampleError(stem, f"{file.name}: {error.reason}; is it of source={source}?")
+        except (ValueError, RecursionError) as error:
+            read = f" after {count} rows" if count else ""
+            yield stem, SampleError(stem, f"{file.name} is not JSON{read}: {error}")
 
 
-def _load(file: Path) -> Any:
-    text = file.read_text(encoding="utf-8")
-    if file.suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    return json.loads(text)
+def _documents(file: Path) -> Iterator[Any]:
+    """The value of a JSON file; of JSON lines, which may be many, one list of one value a line."""
+    if file.suffix != ".jsonl":
+        yield json.loads(file.read_text(encoding="utf-8"))
+        return
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.strip():
+                yield [json.loads(line)]
 
 
 def _example(file: Path) -> Imported:

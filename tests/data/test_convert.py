@@ -85,6 +85,17 @@ def test_conversations_and_json_lines(tmp_path):
     assert summary.written == {"conversation": 2} and not summary.quarantined
 
 
+def test_json_lines_are_read_up_to_a_broken_one(tmp_path):
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media" / "cat.jpg").write_bytes(b"cat")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(caption_row("cat.jpg")) + "\n{broken\n" + json.dumps(caption_row("cat.jpg")) + "\n")
+    summary = convert(options(tmp_path, path))
+    assert summary.written == {"caption": 1}
+    assert [error.key for error in summary.quarantined] == ["rows"]
+    assert "rows.jsonl is not JSON after 1 rows" in summary.quarantined[0].reason
+
+
 def test_a_broken_file_does_not_stop_the_others(tmp_path):
     folder = tmp_path / "annotations"
     folder.mkdir()

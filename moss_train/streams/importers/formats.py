@@ -31,7 +31,7 @@ class Format:
     read: Callable[[Any, str, ImportContext], Imported]
     """A row, its key and the context → the sample and its media; raises SampleError for a row that does not fit."""
     rows: Callable[[Any], Iterable[Any]] = listed_rows
-    """The parsed file (of JSON lines, the list of their values) → its rows; raises SampleError when it has none."""
+    """The parsed file (of JSON lines, each line as a list of one) → its rows; SampleError when it has another form."""
 
 
 FORMATS: dict[str, Format] = {
