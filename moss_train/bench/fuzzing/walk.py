@@ -190,7 +190,7 @@ def _one_epoch(sources: dict[str, Path], report: Report, bounds: Bounds) -> None
                 for keys, names in zip(batch.keys, batch.sources, strict=True):
                     for key, name in zip(keys, names, strict=True):
                         delivered[name].add(key)
-        report.over_budget = loader.counters()["over_budget"]
+        report.over_budget = sum(figures.over_budget for figures in loader.summary().values())
     report.delivered = {name: sorted(keys) for name, keys in delivered.items()}
     for line in ledger.read_text(encoding="utf-8").splitlines() if ledger.exists() else []:
         fault = json.loads(line)

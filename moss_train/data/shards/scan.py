@@ -78,6 +78,7 @@ def _files(raw: BinaryIO, shard: str) -> Iterator[tuple[str, int, int]]:
                 raise _Unreadable("it holds no header" if block else "it is empty")
             raise DataError(f"{shard} is cut short: the end marker of the tar is missing; write it again")
         if not block.strip(b"\0"):
+            _check_end(raw, shard, place)
             return
         kind, name, size = _header(block)
         place += BLOCK
@@ -114,6 +115,16 @@ def _files(raw: BinaryIO, shard: str) -> Iterator[tuple[str, int, int]]:
         yield name, place, size
         place += _padded(size)
         long_name, pax = None, {}
+
+
+def _check_end(raw: BinaryIO, shard: str, place: int) -> None:
+    """DataError when more than zeros follow the end marker: members would be lost without a word."""
+    while rest := raw.read(1 << 20):
+        if rest.strip(b"\0"):
+            raise DataError(
+                f"{shard} goes on behind the end marker at byte {place}: it is damaged there, or archives were joined "
+                "(`cat`); write it again"
+            )
 
 
 def _header(block: bytes) -> tuple[bytes, str, int]:
