@@ -64,7 +64,7 @@ def corpus(media, tmp_path_factory) -> Corpus:
         for path in (folder / source).iterdir():
             if path.suffix != ".jsonl":
                 shutil.copy(path, staging / path.name)
-    packed, rejected = pack(staging, folder / "packed")
+    packed, rejected, _ = pack(staging, folder / "packed")
     assert not rejected and packed == 12
     return load_source(folder / "packed", load_tokenizer(TokenizerConfig()))
 

@@ -37,7 +37,7 @@ def test_round_trip(tmp_path: Path):
     two["media"].append({"id": "m1", "kind": "video", "member": "1.avi"})
     stage(staging, "two", two, _0_png=still(1), _1_avi=numbered_clip(4, 4, "avi"))
     stage(staging, "words", caption_json("words", None))
-    packed, rejected = pack(staging, out)
+    packed, rejected, _ = pack(staging, out)
     assert (packed, rejected) == (5, [])
     corpus = load_source(out)
     assert corpus.index.keys(range(5)) == ["s000", "s001", "s002", "two", "words"]

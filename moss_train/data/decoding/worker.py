@@ -21,6 +21,7 @@ from moss_train.errors import ConfigError, DataError, SampleError
 JOBS = {
     "decode": ("moss_train.data.decoding.job", "DecodeJob"),
     "describe": ("moss_train.data.decoding.describe", "DescribeJob"),
+    "transcode": ("moss_train.data.shards.transcoder", "TranscodeJob"),
     "measure": ("moss_train.data.shards.measure", "MeasureJob"),
 }
 
@@ -39,7 +40,11 @@ def answer(line: bytes) -> tuple[dict[str, Any], np.ndarray | None]:
         cause = error.__cause__ or error
         return {"failed": "sample", "reason": error.reason, "exception": type(cause).__name__}, None
     except MemoryError:
-        return {"failed": "sample", "reason": "it needs more memory than allowed", "exception": "MemoryError"}, None
+        return {
+            "failed": "sample",
+            "reason": "it needs more memory than allowed (decode_memory_mb)",
+            "exception": "MemoryError",
+        }, None
     except (DataError, ConfigError) as error:
         return {"failed": "data" if isinstance(error, DataError) else "config", "reason": str(error)}, None
 

@@ -1,22 +1,27 @@
-"""`data pack`: a staging folder of samples becomes a folder of webdataset tar shards with their index."""
+"""`data pack`: a staging folder of samples, or shards, become a folder of webdataset tar shards with their index."""
 
 import json
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import webdataset
 
 from moss_train.data.progress import progress_bar
 from moss_train.data.shards.index import INDEX_NAME
 from moss_train.data.shards.index_build import build_index
+from moss_train.data.shards.pack_input import Samples, find_samples, read_sample
 from moss_train.data.shards.staging import check_target, staged_folder
+from moss_train.data.shards.storage import ShardStore
+from moss_train.data.shards.transcode import TranscodeConfig
+from moss_train.data.shards.transcoder import Clip, Transcoder, TranscodeSummary, shows_other_moments
 from moss_train.errors import ConfigError, DataError, SampleError
-from moss_train.streams.schema import parse_sample
 
 #: samples that `data pack` left out, one JSON line each with key, reason and exception
 REJECTED_NAME = "quarantine.jsonl"
-#: longest base name a plain (USTAR) tar header holds, which every reader of tars understands
-LONGEST_NAME = 100
 
 
 @dataclass
@@ -24,100 +29,135 @@ class PackOptions:
     """Options of `data pack`."""
 
     source: str
-    """Staging folder: `{key}.json` with its media `{key}.mp4`, `{key}.0.jpg`, … side by side."""
+    """Staging folder: `{key}.json` with its media `{key}.mp4`, `{key}.0.jpg`, … side by side; or shards: a folder of
+    `*.tar`, or paths and URLs with counts and patterns as `data index` takes them."""
     out: str
     """Folder to make: `shard-000000.tar …`, `index.arrow`, and `quarantine.jsonl` when samples were left out."""
     shard_mb: int = 256
     """Size at which the next shard is begun, in MB; 256 to 1000 suits shared file systems."""
     overwrite: bool = False
     """Replace `out` when it exists."""
+    workers: int = 0
+    """Processes that look into media and transcode; 0: one for each core."""
+    transcode: TranscodeConfig = field(default_factory=TranscodeConfig)
+    """Clips are rewritten when `transcode.fps` is given."""
 
     def validate(self) -> None:
         if self.shard_mb < 1:
             raise ConfigError(f"shard_mb={self.shard_mb} must be at least 1")
+        if self.workers < 0:
+            raise ConfigError(f"workers={self.workers} must not be negative")
+        self.transcode.validate()
 
 
 def pack_command(options: PackOptions) -> int:
-    """Pack a staging folder; prints what was written and what was left out."""
-    packed, rejected = pack(Path(options.source), Path(options.out), options.shard_mb, options.overwrite, progress=True)
-    for error in rejected[:10]:
+    """Pack a staging folder, or pack shards anew; prints what was written and what was left out.
+
+    With `transcode.fps=…` the clips are rewritten, so that decoding them costs a fraction. Stopped midway, the same
+    command goes on where it was.
+    """
+    transcode = options.transcode if options.transcode.fps is not None else None
+    workers = options.workers or os.cpu_count() or 1
+    packed = pack(options.source, Path(options.out), options.shard_mb, options.overwrite, True, transcode, workers)
+    if packed.transcoded is not None:
+        print("\n".join(packed.transcoded.lines()))
+    for error in packed.rejected[:10]:
         print(f"left out {error.key}: {error.reason}")
-    if len(rejected) > 10:
-        print(f"… and {len(rejected) - 10} more")
-    ledger = f", {len(rejected)} left out ({options.out}/{REJECTED_NAME})" if rejected else ""
-    print(f"packed {packed} samples into {options.out}{ledger}")
+    if len(packed.rejected) > 10:
+        print(f"… and {len(packed.rejected) - 10} more")
+    ledger = f", {len(packed.rejected)} left out ({options.out}/{REJECTED_NAME})" if packed.rejected else ""
+    print(f"packed {packed.samples} samples into {options.out}{ledger}")
     return 0
 
 
+class Packed(NamedTuple):
+    """What `pack` did."""
+
+    samples: int  #: samples packed
+    rejected: list[SampleError]  #: samples left out
+    transcoded: TranscodeSummary | None = None
+
+
 def pack(
-    source: Path, out: Path, shard_mb: int = 256, overwrite: bool = False, progress: bool = False
-) -> tuple[int, list[SampleError]]:
-    """Write the shards and the index of `source` to `out`; returns (samples packed, samples left out).
+    source: str | Path,
+    out: Path,
+    shard_mb: int = 256,
+    overwrite: bool = False,
+    progress: bool = False,
+    transcode: TranscodeConfig | None = None,
+    workers: int = 0,
+) -> Packed:
+    """Write the samples of `source` (see `find_samples`), by key, as shards with their index to the folder `out`.
 
     A sample that breaks the schema or lacks a medium is left out and recorded; one whose medium does not decode is
-    packed, and the index says so. `out` appears complete or not at all.
+    packed, and the index says so, but left out when clips are to be transcoded. `workers` processes look into the media
+    and transcode; 0: this one does. `out` appears complete or not at all.
     Raises DataError when `out` exists or no sample is left.
     """
-    keys = _staged_keys(source)
-    check_target(out, INDEX_NAME, "data pack", overwrite)
-    with staged_folder(out) as partial:
+    with closing(ShardStore()) as store:
+        samples = find_samples(str(source), store)
+        check_target(out, INDEX_NAME, "data pack", overwrite)
         rejected: list[SampleError] = []
-        packed = 0
-        pattern = str(partial).replace("%", "%%") + "/shard-%06d.tar"
-        # Fixed owner and time: the same samples make the same bytes, hence the same fingerprint.
-        with webdataset.ShardWriter(
-            pattern, maxcount=10**9, maxsize=shard_mb * 1_000_000, verbose=0, encoder=False, mtime=0
-        ) as writer:
-            for key, members in progress_bar(sorted(keys.items()), f"packing {source.name}", progress):
-                try:
-                    writer.write({"__key__": key} | _read_members(key, members))
-                    packed += 1
-                except SampleError as error:
-                    rejected.append(error)
-        if not packed:
-            first = f"; the first: {rejected[0]}" if rejected else ""
-            raise DataError(f"{source} holds no sample that can be packed ({len(rejected)} left out{first})")
-        if rejected:
-            _write_rejected(partial / REJECTED_NAME, rejected)
-        build_index(partial, progress=progress)
-    return packed, rejected
+        transcoder = None
+        if transcode is not None:
+            transcoder = Transcoder(transcode, out, store, workers)
+            transcoder.run(_clips(samples, store, transcoder), progress)
+        with staged_folder(out) as partial:
+            names = progress_bar(list(samples), f"packing {Path(source).name}", progress)
+            count = _write_shards(partial, _contents(samples, names, store, transcoder, rejected), shard_mb)
+            if not count:
+                first = f"; the first: {rejected[0]}" if rejected else ""
+                raise DataError(f"{source} holds no sample that can be packed ({len(rejected)} left out{first})")
+            if rejected:
+                _write_rejected(partial / REJECTED_NAME, rejected)
+            build_index(partial, workers=workers, progress=progress)
+        if transcoder is not None:
+            transcoder.clean_up()
+    return Packed(count, rejected, transcoder.summary if transcoder is not None else None)
 
 
-def _staged_keys(source: Path) -> dict[str, dict[str, Path]]:
-    """key → member → file of a staging folder."""
-    if not source.is_dir():
-        raise DataError(f"{source} is not a staging folder: `moss-train data render` or `data convert` write one")
-    keys: dict[str, dict[str, Path]] = {}
-    for path in sorted(source.iterdir()):
-        if not path.is_file() or path.name.startswith("."):
+def _clips(samples: Samples, store: ShardStore, transcoder: Transcoder) -> list[Clip]:
+    """The videos of the samples that can be packed."""
+    clips: list[Clip] = []
+    for key, pieces in samples.items():
+        try:
+            _, sample = read_sample(key, pieces, store)
+        except SampleError:
+            continue  # reported when the shards are written
+        transcoder.summary.off_grid += shows_other_moments(sample, transcoder.summary.config.fps)
+        clips += [(key, medium.member, pieces[medium.member]) for medium in sample.media if medium.kind == "video"]
+    return clips
+
+
+def _contents(
+    samples: Samples, keys: Iterable[str], store: ShardStore, transcoder: Transcoder | None, rejected: list[SampleError]
+) -> Iterator[dict[str, str | bytes]]:
+    """What webdataset writes of each sample; samples that cannot be packed go to `rejected`."""
+    for key in keys:
+        pieces = samples[key]
+        try:
+            text, sample = read_sample(key, pieces, store)
+            members: dict[str, str | bytes] = {"__key__": key, "json": text}
+            for medium in sample.media:
+                piece = pieces[medium.member]
+                members[medium.member] = piece.read(store) if transcoder is None else transcoder.read(key, piece)
+        except SampleError as error:
+            rejected.append(error)
             continue
-        key, _, member = path.name.partition(".")
-        if path.suffix == ".jsonl":
-            continue  # ledgers and notes of the converters, no parts of samples
-        keys.setdefault(key, {})[member.lower()] = path
-    if not keys:
-        raise DataError(f"{source} holds no samples ({{key}}.json with media beside it)")
-    return keys
+        yield members
 
 
-def _read_members(key: str, files: dict[str, Path]) -> dict[str, bytes]:
-    """The JSON and exactly the media that it lists; SampleError when the sample is not whole."""
-    if "json" not in files:
-        raise SampleError(key, f"{', '.join(sorted(files))} without {key}.json")
-    text = files["json"].read_bytes()
-    sample = parse_sample(text, key)
-    members = {"json": text}
-    for medium in sample.media:
-        if medium.member not in files:
-            raise SampleError(key, f"medium {medium.id!r}: {key}.{medium.member} is missing")
-        members[medium.member] = files[medium.member].read_bytes()
-    unused = sorted(set(files) - set(members))
-    if unused:
-        raise SampleError(key, f"{', '.join(unused)} beside the JSON, which does not list it")
-    too_long = [name for name in members if len(f"{key}.{name}".encode()) > LONGEST_NAME]
-    if too_long:
-        raise SampleError(key, f"name {key}.{too_long[0]} is longer than {LONGEST_NAME} bytes")
-    return members
+def _write_shards(folder: Path, contents: Iterable[dict[str, str | bytes]], shard_mb: int) -> int:
+    """Write tars and return the number of samples. The same samples make the same bytes: owner and time are fixed."""
+    count = 0
+    pattern = str(folder).replace("%", "%%") + "/shard-%06d.tar"
+    with webdataset.ShardWriter(
+        pattern, maxcount=10**9, maxsize=shard_mb * 1_000_000, verbose=0, encoder=False, mtime=0
+    ) as writer:
+        for members in contents:
+            writer.write(members)
+            count += 1
+    return count
 
 
 def _write_rejected(path: Path, rejected: list[SampleError]) -> None:
