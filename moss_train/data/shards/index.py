@@ -2,7 +2,7 @@
 
 `index.arrow` stands beside the shards: one Arrow IPC file, uncompressed, read through a memory map, so that opening it
 costs what the planning columns cost (the shard, kind and modality of each sample) however many samples there are.
-One row a sample, in the order of the shards, `BATCH_ROWS` of them in every record batch but the last.
+One row a sample, in the order of the shards; every record batch but the last has as many.
 
 The fingerprint covers contents only, never times or paths, so that a copied source keeps the order of the run.
 """
@@ -56,6 +56,7 @@ class SourceIndex:
         self.totals = IndexTotals(**header["totals"])
         self.tokenizer: dict[str, Any] | None = header["tokenizer"]  #: that counted `text_tokens`: fingerprint, path
         self._samples: int = header["samples"]
+        self._batch_rows: int = header["batch_rows"]
         self._reader = reader
         self._batches: dict[int, pa.RecordBatch] = {}
         columns = self._planning_columns()
@@ -115,7 +116,7 @@ class SourceIndex:
     def _planning_columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         for number in range(self._reader.num_record_batches):
             rows, last = self._reader.get_batch(number).num_rows, number == self._reader.num_record_batches - 1
-            if rows != BATCH_ROWS and not (last and 0 < rows <= BATCH_ROWS):
+            if rows != self._batch_rows and not (last and 0 < rows <= self._batch_rows):
                 raise ValueError(f"record batch {number} has {rows} rows")
         shards = self._column("shard", lambda column: column, np.int32)
         kinds = self._column("kind", lambda column: _codes(column, KINDS), np.int8)
@@ -138,7 +139,7 @@ class SourceIndex:
         """The record batch of a sample and its row there. A batch is checked when it is first used."""
         if not 0 <= number < self._samples:
             raise IndexError(f"no sample {number} among {self._samples}")
-        place, row = divmod(int(number), BATCH_ROWS)
+        place, row = divmod(int(number), self._batch_rows)
         batch = self._batches.get(place)
         if batch is None:
             try:
@@ -189,6 +190,7 @@ def write_index(
     header = {
         "schema": INDEX_SCHEMA,
         "samples": sum(shard.samples for shard in shards),
+        "batch_rows": BATCH_ROWS,
         "fingerprint": fingerprint_of(shards),
         "facts_digest": facts_digest_of(facts_digests),
         "planning_digest": planning,
