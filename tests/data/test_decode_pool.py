@@ -1,20 +1,25 @@
 """Decoder processes: results as in-process, deadlines, crashes, clean ends."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_samples import numbered_clip, read_numbers
+from PIL import Image
 
 from moss_train.data.decoding.decode import DecodeLimits
+from moss_train.data.decoding.describe import DescribeJob
 from moss_train.data.decoding.job import DecodeJob, digest_of, run_job
 from moss_train.data.decoding.pool import DecodeFailure, DecodePool
+from moss_train.data.decoding.probe import probe_media
 from moss_train.errors import DataError, SampleError
 
 
@@ -30,7 +35,7 @@ def test_the_pool_gives_what_the_process_itself_would(tmp_path: Path):
         for number, future in enumerate([pool.submit(job) for job in jobs]):
             decoded, here = future.result(60), run_job(jobs[number])
             assert read_numbers(decoded.frames, 32) == [number, number + 2]
-            assert np.array_equal(decoded.frames, here.frames) and decoded.backend == here.backend == "decord"
+            assert np.array_equal(decoded.frames, here.frames) and decoded.backend == here.backend == "pyav"
             assert np.array_equal(decoded.times_s, here.times_s)
             assert decoded.frames.flags.writeable
     finally:
@@ -126,6 +131,70 @@ def test_a_process_that_talks_nonsense_is_replaced(tmp_path: Path, monkeypatch, 
             pool.submit(job_of(tmp_path / "a", numbered_clip(3, 4), "bad")).result(60)
         monkeypatch.undo()
         assert len(pool.submit(job_of(tmp_path / "b", numbered_clip(3, 4))).result(60).frames) == 2
+    finally:
+        pool.close()
+
+
+def test_changed_bytes_are_no_sample(tmp_path: Path):
+    job = replace(job_of(tmp_path / "a", numbered_clip(3, 4)), digest=digest_of(b"others"))
+    pool = DecodePool(1, 60)
+    try:
+        for run in (lambda: pool.submit(job).result(60), lambda: run_job(job)):
+            with pytest.raises(SampleError, match="bytes differ from those that were indexed"):
+                run()
+    finally:
+        pool.close()
+
+
+def test_members_are_described(tmp_path: Path):
+    """As the index wants them; what does not fit in the process's memory is a fault of the medium alone."""
+    large = io.BytesIO()
+    Image.new("RGB", (6000, 6000)).save(large, "PNG")
+    files = {"medium": numbered_clip(3, 4), "json": b'{"schema": "x"}', "other": b"notes", "large": large.getvalue()}
+    pool = DecodePool(1, 60, memory_mb=200)
+    try:
+        found = {}
+        for name, data in files.items():
+            (tmp_path / name).write_bytes(data)
+            kind = "medium" if name == "large" else name
+            job = DescribeJob("k", str(tmp_path / name), 0, len(data), kind, 10**8, None)
+            found[name] = pool.submit(job).result(60)
+            assert found[name].digest == digest_of(data)
+        assert found["medium"].media == probe_media(files["medium"]) and found["medium"].fault is None
+        assert found["json"].schema == "x" and found["other"].media is None
+        assert "MemoryError" in found["large"].fault
+        assert (
+            run_job(DescribeJob("k", str(tmp_path / "large"), 0, len(data), "medium", 10**8, None)).media.width == 6000
+        )
+    finally:
+        pool.close()
+
+
+def test_the_shard_is_held_while_it_is_read(tmp_path: Path):
+    """Fetching is no part of the deadline, and a shard that cannot be fetched is no fault of the sample."""
+    events: list[str] = []
+
+    class Store:
+        def prefetch(self, location: str, size: int | None = None) -> None:
+            events.append(f"prefetch {location} {size}")
+
+        @contextmanager
+        def held(self, location: str, size: int | None = None):
+            if location == "s3://gone":
+                raise DataError("s3://gone cannot be fetched")
+            pool._timeout_s = 60
+            events.append("held")
+            yield tmp_path / "a"
+            events.append("released")
+
+    job = replace(job_of(tmp_path / "a", numbered_clip(3, 4)), shard="s3://there", shard_size=9)
+    pool = DecodePool(1, 0.0, store=Store())
+    try:
+        assert len(pool.submit(job).result(60).frames) == 2
+        with pytest.raises(DataError, match="s3://gone cannot be fetched"):
+            pool.submit(replace(job, shard="s3://gone")).result(60)
+        assert events == ["prefetch s3://there 9", "held", "released", "prefetch s3://gone 9"]
+        assert len(run_job(job, Store()).frames) == 2
     finally:
         pool.close()
 
