@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import webdataset
-
 from moss_train.data.progress import progress_bar
 from moss_train.data.shards.index import INDEX_NAME
 from moss_train.data.shards.index_build import build_index
@@ -101,7 +99,7 @@ def pack(
         transcoder = None
         if transcode is not None:
             transcoder = Transcoder(transcode, out, store, workers)
-            transcoder.run(_clips(samples, store, transcoder), progress)
+            transcoder.run(_clips(samples, store), progress)
         with staged_folder(out) as partial:
             names = progress_bar(list(samples), f"packing {Path(source).name}", progress)
             count = _write_shards(partial, _contents(samples, names, store, transcoder, rejected), shard_mb)
@@ -116,7 +114,7 @@ def pack(
     return Packed(count, rejected, transcoder.summary if transcoder is not None else None)
 
 
-def _clips(samples: Samples, store: ShardStore, transcoder: Transcoder) -> list[Clip]:
+def _clips(samples: Samples, store: ShardStore) -> list[Clip]:
     """The videos of the samples that can be packed."""
     clips: list[Clip] = []
     for key, pieces in samples.items():
@@ -124,7 +122,6 @@ def _clips(samples: Samples, store: ShardStore, transcoder: Transcoder) -> list[
             _, sample = read_sample(key, pieces, store)
         except SampleError:
             continue  # reported when the shards are written
-        transcoder.summary.off_grid += shows_other_moments(sample, transcoder.summary.config.fps)
         clips += [(key, medium.member, pieces[medium.member]) for medium in sample.media if medium.kind == "video"]
     return clips
 
@@ -144,11 +141,15 @@ def _contents(
         except SampleError as error:
             rejected.append(error)
             continue
+        if transcoder is not None:
+            transcoder.summary.off_grid += shows_other_moments(sample, transcoder.summary.config.fps)
         yield members
 
 
 def _write_shards(folder: Path, contents: Iterable[dict[str, str | bytes]], shard_mb: int) -> int:
     """Write tars and return the number of samples. The same samples make the same bytes: owner and time are fixed."""
+    import webdataset  # here, since it brings torch, for which transcoding need not wait
+
     count = 0
     pattern = str(folder).replace("%", "%%") + "/shard-%06d.tar"
     with webdataset.ShardWriter(

@@ -94,8 +94,8 @@ class TranscodeSummary:
             lines.append(f"  left out     the samples of {_count(self.failed, 'clip')} that cannot be decoded")
         if self.off_grid:
             lines.append(
-                f"  off beat     {_count(self.off_grid, 'sample')} with frames at other moments than k / {config.fps:g}, "
-                "which now show the picture of the last such moment; a higher transcode.fps keeps more"
+                f"  off beat     {_count(self.off_grid, 'sample')} with frames off k / {config.fps:g} s,"
+                " which now show the picture of the last such moment; a higher transcode.fps keeps more"
             )
         return lines
 
