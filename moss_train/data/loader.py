@@ -85,7 +85,7 @@ def build_loader(
         data.max_bad_fraction,
         {corpus.name: corpus.index.fingerprint for corpus in opened.corpora},
     )
-    pool = DecodePool(data.workers, data.decode_timeout_s) if data.workers else None
+    pool = DecodePool.of(data, data.workers, store) if data.workers else None
     # Augmented streams differ from epoch to epoch, so keeping them would only fill memory.
     augmented = compiler.jitter_probability > 0
     preparer = Preparer(data, opened, planner, quarantine, place, image_size, augmented, pool, store)

@@ -28,8 +28,9 @@ from moss_train.data.decoding.job import run_job
 from moss_train.data.decoding.pool import DecodePool
 from moss_train.data.progress import progress_bar
 from moss_train.data.shards.arrow_file import ARROW_ERRORS, open_arrow, write_arrow
+from moss_train.data.shards.index import INDEX_NAME
 from moss_train.data.shards.measure import Measured, MeasureJob
-from moss_train.data.shards.storage import default_cache_dir, is_remote
+from moss_train.data.shards.storage import default_cache_dir, is_remote, join
 from moss_train.errors import SampleError
 from moss_train.streams.split import RowBudget
 
@@ -167,6 +168,8 @@ def _measure(
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         save_tokenizer(corpus.tokenizer, scratch / "tokenizer.json")
+        if is_remote(corpus.index.location):  # the jobs open the index file, which a small cache may have let go
+            stack.enter_context(corpus.store.held(join(corpus.index.location, INDEX_NAME)))
         jobs = _jobs(corpus, budget, str(scratch / "tokenizer.json"))
         pool = None
         if workers and len(corpus) >= _FEW_SAMPLES:
