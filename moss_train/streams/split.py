@@ -71,7 +71,8 @@ def compile_parts(
     begin = 0  # block
     while begin < len(blocks):
         room = budget.max_tokens - len(plan.prefix) - blocks[begin].tokens
-        context = dialogue.latest(min(budget.max_tokens // DIALOGUE_SHARE, room)) if begin else []
+        limit = min(budget.max_tokens // DIALOGUE_SHARE, room)
+        context = dialogue.latest(limit, running=blocks[begin].goes_on) if begin else []
         end = _cut(plan, blocks, begin, budget, len(plan.prefix) + len(context))
         parts.append(write_stream(plan, blocks[begin].first, blocks[end - 1].end, context, len(parts)))
         if len(parts) > MAX_PARTS:
@@ -141,14 +142,14 @@ class _Turn:
     def length(self) -> int:
         return len(self.opening) + sum(len(piece) for reply in self.replies for piece in reply)
 
-    def shortened(self, limit: int) -> "_Turn":
-        """The turn with as many of its last replies as fit `limit` ids; of the last one, as many of its last pieces."""
+    def shortened(self, limit: int, running: bool) -> "_Turn":
+        """The turn with as many of its last replies as fit `limit` ids; of one that still runs, of its last pieces."""
         kept: list[list[list[int]]] = []
         room = limit - len(self.opening)
         for reply in reversed(self.replies):
             length = sum(map(len, reply))
             if length > room:
-                if not kept:
+                if running and not kept:
                     kept = [_last_that_fit(reply, room)]
                 break
             kept.insert(0, reply)
@@ -187,11 +188,12 @@ class _Dialogue:
                 turn.last = slot.piece.event
             turn.replies[-1].append([*slot.piece.ids, *(self._silence if slot.piece.stops else [])])
 
-    def latest(self, limit: int) -> list[int]:
+    def latest(self, limit: int, running: bool) -> list[int]:
         """The dialogue in at most `limit` ids: the oldest turns are dropped whole, and what is too long in the turn
-        that is still open loses its oldest replies. That turn's question stays, whatever its length."""
+        that is still open loses its oldest replies (one that is `running`, its oldest pieces). That turn's question
+        stays, whatever its length."""
         close = self._template.close_turn()
-        turns = [self._turns[-1].shortened(limit)]
+        turns = [self._turns[-1].shortened(limit, running)]
         room = limit - turns[0].length()
         for turn in reversed(self._turns[:-1]):
             room -= turn.length() + len(close)

@@ -46,7 +46,7 @@ def parts_or_refused(data, budget, config, seed=0):
         assume(False)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(LONG_STREAMS, CONFIGS, BUDGETS)
 def test_every_label_is_trained_once_and_every_part_fits(data, config, budget):
     whole = compiled_or_refused(data, config, seed=1)
@@ -62,7 +62,7 @@ def test_every_label_is_trained_once_and_every_part_fits(data, config, budget):
         assert len(parts) == 1 and equal(parts[0], whole)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(LONG_STREAMS, CONFIGS, BUDGETS)
 def test_a_part_sees_its_own_frames_and_none_before_it_arrives(data, config, budget):
     whole = compiled_or_refused(data, config)
@@ -82,7 +82,7 @@ def test_a_part_sees_its_own_frames_and_none_before_it_arrives(data, config, bud
             assert part.slots[0].frame == 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(LONG_STREAMS, CONFIGS, BUDGETS)
 def test_the_slots_of_the_parts_tile_those_of_the_whole(data, config, budget):
     config.jitter_probability = 0.0
