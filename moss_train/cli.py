@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data convert": ("moss_train.data.convert:convert", "convert annotations and media to samples"),
     "data pack": ("moss_train.data.shards.pack:pack", "write samples into indexed tar shards"),
     "data index": ("moss_train.data.shards.index_command:index", "index existing tar shards"),
+    "data show": ("moss_train.data.show:show", "draw one sample: frames, who speaks when, what is trained"),
     "data check": ("moss_train.data.shards.check:check", "validate shards, samples and media"),
     "convert verify": ("moss_train.checkpoint.verify:verify", "compare the model with reference outputs"),
     "eval": ("moss_train.train.evaluate_command:evaluate", "free-running figures of a checkpoint on packed streams"),
