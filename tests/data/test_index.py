@@ -249,6 +249,8 @@ def test_remote_shards_and_a_remote_index(folder: Path, tmp_path: Path, server: 
         assert opened.index.fingerprint == local.fingerprint and opened.member(4, "json") == whole.member(4, "json")
         requests = [FrameRequest("v0", 0.25), FrameRequest("v0", 1.0)]
         assert np.array_equal(opened.frames(4, requests), whole.frames(4, requests))
+    with pytest.raises(DataError, match="cannot be fetched.* run `moss-train data index path=.*/nothing out=<folder>`"):
+        load_index(f"{server.url}/nothing", store)
     store.close()
 
 

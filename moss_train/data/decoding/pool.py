@@ -29,6 +29,8 @@ from moss_train.errors import ConfigError, DataError, SampleError
 
 #: seconds a worker process may take to start (imports, on a crowded machine)
 START_TIMEOUT_S = 180.0
+#: seconds that closing waits for threads that may be fetching a shard
+_CLOSE_TIMEOUT_S = 5.0
 
 
 class DecodeFailure(SampleError):
@@ -80,14 +82,17 @@ class DecodePool:
         return future
 
     def close(self) -> None:
-        """Cancel what waits, end the processes and wait for their threads. May be called twice."""
+        """Cancel what waits, end the processes and wait for their threads. May be called twice.
+
+        A thread that waits for a shard ends with the store that fetches it.
+        """
         self._closing = True
         for _ in self._threads:
             self._jobs.put(None)
         for process in list(self._processes.values()):
             process.kill()
         for thread in self._threads:
-            thread.join()
+            thread.join(None if self._store is None else _CLOSE_TIMEOUT_S)
 
     def _serve(self, number: int) -> None:
         while (task := self._jobs.get()) is not None:

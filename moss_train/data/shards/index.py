@@ -210,7 +210,10 @@ def load_index(location: str | Path, store: ShardStore | None = None) -> SourceI
     """
     location, remedy = str(location), remedy_of(location)
     if is_remote(location):
-        path = (store or ShardStore()).local(join(location, INDEX_NAME))
+        try:
+            path = (store or ShardStore()).local(join(location, INDEX_NAME))
+        except DataError as error:
+            raise DataError(f"{error}; for shards without an index, {remedy}") from error
     else:
         path = Path(location) / INDEX_NAME
         if not path.is_file():
@@ -235,7 +238,9 @@ def open_index(path: Path, location: str) -> SourceIndex:
 
 
 def remedy_of(location: str | Path) -> str:
-    return f"run `moss-train data index path={shown(str(location))}`"
+    """What to do about an index that is missing, damaged or stale."""
+    where = " out=<folder>" if is_remote(str(location)) else ""
+    return f"run `moss-train data index path={shown(str(location))}{where}`"
 
 
 def shard_files(folder: Path) -> list[Path]:

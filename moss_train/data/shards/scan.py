@@ -129,11 +129,9 @@ def _check_end(raw: BinaryIO, shard: str, place: int) -> None:
 
 def _header(block: bytes) -> tuple[bytes, str, int]:
     """(type, name, size) of a header block."""
-    # Counted with the checksum's own field as blanks; historic tars counted signed bytes.
-    claimed = _number(block[148:156])
-    rest = block[:148] + block[156:]
-    signed = sum(rest) - 256 * sum(byte > 127 for byte in rest)
-    if claimed not in (sum(rest) + 256, signed + 256):
+    # Counted with the checksum's own field as blanks.
+    claimed, counted = _number(block[148:156]), sum(block) - sum(block[148:156]) + 8 * ord(" ")
+    if claimed != counted:
         raise _Unreadable("a header has a wrong checksum")
     name = _text(block[:100].partition(b"\0")[0])
     if block[257:263] == b"ustar\0":
