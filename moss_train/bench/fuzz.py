@@ -1,4 +1,4 @@
-"""`moss-train bench fuzz`: hostile and damaged inputs on the way of a user; nothing crashes, hangs, swells or is lost."""
+"""`moss-train bench fuzz`: hostile and damaged inputs on a user's way; nothing crashes, hangs, swells or is lost."""
 
 import json
 import shutil

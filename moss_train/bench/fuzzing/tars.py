@@ -1,4 +1,4 @@
-"""Tars whose headers lie: names that escape, links, devices, sizes beyond all bounds, members doubled or out of place."""
+"""Tars whose headers lie: names that escape, links, devices, absurd sizes, members doubled or out of place."""
 
 import gzip
 import struct
@@ -18,13 +18,14 @@ _NAMES = (
 #: hard and symbolic link, devices, folder, FIFO, contiguous, unknown, GNU's long names and sparse, PAX headers
 _TYPES = b"123456 7 Z L K S x g D M V".replace(b" ", b"")
 _SIZES = (
-    b"77777777777\x00", b"00000000001\x00", b"-0000000001\x00", b"99999999999\x00", b"            ", b"\x80" + b"\xff" * 11,
-    b"\xff" * 12, b"\x80" + bytes(3) + b"\x7f" + b"\xff" * 7, b"\x80" + bytes(7) + b"\x40\x00\x00\x00", b"00000000000\x00",
+    b"77777777777\x00", b"00000000001\x00", b"-0000000001\x00", b"99999999999\x00", b"            ",
+    b"\x80" + b"\xff" * 11, b"\xff" * 12, b"\x80" + bytes(3) + b"\x7f" + b"\xff" * 7,
+    b"\x80" + bytes(7) + b"\x40\x00\x00\x00", b"00000000000\x00",
 )  # fmt: skip
 _PAX_RECORDS = (
-    b"size=99999999999999", b"size=-1", b"size=x", b"path=../../escape.json", b"path=/etc/x.json", b"path=", b"linkpath=/",
-    b"GNU.sparse.major=1", b"GNU.sparse.map=0,1,999999999999,1", b"GNU.sparse.size=99999999999999", b"hdrcharset=BINARY",
-    b"mtime=NaN", b"uid=1e99", b"path=\xff\xfe.json", b"GNU.sparse.realsize=999999999999999",
+    b"size=99999999999999", b"size=-1", b"size=x", b"path=../../escape.json", b"path=/etc/x.json", b"path=",
+    b"linkpath=/", b"GNU.sparse.major=1", b"GNU.sparse.map=0,1,999999999999,1", b"GNU.sparse.size=99999999999999",
+    b"hdrcharset=BINARY", b"mtime=NaN", b"uid=1e99", b"path=\xff\xfe.json", b"GNU.sparse.realsize=999999999999999",
 )  # fmt: skip
 
 
