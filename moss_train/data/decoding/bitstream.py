@@ -30,11 +30,8 @@ class Bitstream:
         self.steady = True
         #: False once pictures and packets do not go together one by one
         self.plain = True
-        self._look = _LOOKS[codec](self, bytes(extradata or b""))
-
-    def look(self, data: memoryview, is_keyframe: bool) -> Look:
-        """`is_keyframe` is what the container says."""
-        return self._look(data, is_keyframe)
+        #: look(data, is_keyframe) tells of the next packet; `is_keyframe` is what the container says
+        self.look: Callable[[memoryview, bool], Look] = _LOOKS[codec](self, bytes(extradata or b""))
 
 
 def is_known(codec: str) -> bool:
@@ -48,16 +45,16 @@ class _Nals:
     def __init__(self, length_size: int):
         self._length_size = length_size  #: bytes of a length; 0: start codes
 
-    def of(self, data: memoryview) -> Iterator[tuple[int, int]]:
+    def of(self, data: memoryview) -> list[tuple[int, int]]:
         """(start, end) of every unit, without its prefix; the last end is beyond the data when the packet is broken."""
         if not self._length_size:
-            yield from _start_codes(bytes(data))
-            return
-        place, end, size = 0, len(data), self._length_size
+            return list(_start_codes(bytes(data)))
+        units, place, end, size = [], 0, len(data), self._length_size
         while place + size < end:
             start = place + size
             place = start + int.from_bytes(data[place:start], "big")
-            yield start, place
+            units.append((start, place))
+        return units
 
 
 def _start_codes(data: bytes) -> Iterator[tuple[int, int]]:
@@ -73,9 +70,15 @@ def _h264(stream: Bitstream, extradata: bytes) -> Callable[[memoryview, bool], L
     length_size, known = _avc_configuration(extradata)
     nals = _Nals(length_size)
     frames_only = _frames_only(known)
+    plain_prefix = length_size == 4
 
     def look(data: memoryview, is_keyframe: bool) -> Look:
         nonlocal known, frames_only
+        if plain_prefix and len(data) > 4:
+            # Nearly every packet is one slice behind one length of four bytes.
+            kind = data[4]
+            if kind & 31 == 1 and int.from_bytes(data[:4], "big") + 4 == len(data):
+                return Look(spare=frames_only and not kind & 0x60)
         slices = idr_slices = 0
         spare, sets = True, set()
         for start, end in nals.of(data):

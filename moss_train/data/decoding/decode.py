@@ -23,6 +23,7 @@ from moss_train.data.decoding.pictures import (
 from moss_train.data.decoding.probe import MediaProbe, probe_media, sniff_container
 from moss_train.data.decoding.pyav_reader import read_pyav
 from moss_train.data.decoding.stills import read_still
+from moss_train.data.decoding.torchcodec_reader import read_torchcodec, why_not_torchcodec
 from moss_train.errors import ConfigError, SampleError
 
 if TYPE_CHECKING:
@@ -60,9 +61,7 @@ def choose_reader(decoder: str, facts: MediaProbe, times_s: Sequence[float]) -> 
     """
     if facts.container == "image":
         return "pillow"
-    if _why_not(decoder, facts):
-        return "pyav"
-    return decoder
+    return decoder if decoder in _READERS and not _GUARDS[decoder](facts) else "pyav"
 
 
 def decode_frames(
@@ -132,9 +131,8 @@ def decode_arrays(
 
 def _why_not(decoder: str, facts: MediaProbe) -> str:
     """Why the named reader is passed over on a file; empty when it is not, or when it is PyAV."""
-    if decoder == "decord":
-        return why_not_decord(facts)
-    return ""
+    return _GUARDS[decoder](facts) if decoder in _GUARDS else ""
 
 
-_READERS = {"decord": read_decord}
+_READERS = {"decord": read_decord, "torchcodec": read_torchcodec}
+_GUARDS = {"decord": why_not_decord, "torchcodec": why_not_torchcodec}

@@ -20,6 +20,7 @@ from moss_train.data.decoding.pictures import (
     Suspicious,
     fitted_size,
     frame_indices,
+    in_order,
     tiled,
 )
 from moss_train.data.decoding.probe import MediaProbe, check_pixels
@@ -68,7 +69,7 @@ def read_decord(
     finally:
         # A live reader keeps decoding in the background and fills memory.
         del reader
-    return DecodedArrays(tiled(pictures, size)[back], "decord", stamps[wanted][back])
+    return DecodedArrays(in_order(tiled(pictures, size), back), "decord", stamps[wanted][back])
 
 
 def _check_stamps(stamps_s: np.ndarray, frame_count: int) -> None:

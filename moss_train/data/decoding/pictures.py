@@ -82,9 +82,17 @@ def tiled(pictures: np.ndarray, size: int | None) -> np.ndarray:
     pictures = pictures.transpose(0, 3, 1, 2)
     if size is None:
         return np.ascontiguousarray(pictures)
-    tile = np.zeros((len(pictures), 3, size, size), np.uint8)
-    tile[:, :, : pictures.shape[2], : pictures.shape[3]] = pictures
+    height, width = pictures.shape[2:]
+    tile = np.empty((len(pictures), 3, size, size), np.uint8)
+    tile[:, :, :height, :width] = pictures
+    tile[:, :, height:] = 0
+    tile[:, :, :height, width:] = 0
     return tile
+
+
+def in_order(frames: np.ndarray, back: np.ndarray) -> np.ndarray:
+    """frames[back], without a copy where nothing changes its place."""
+    return frames if np.array_equal(back, np.arange(len(frames))) else frames[back]
 
 
 def first_line(error: BaseException) -> str:

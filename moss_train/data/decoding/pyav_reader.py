@@ -25,6 +25,7 @@ from moss_train.data.decoding.pictures import (
     DecodeLimits,
     fitted_size,
     frame_indices,
+    in_order,
     slack,
     tiled,
 )
@@ -62,7 +63,8 @@ class _Canvas:
         self._count = count
         # One for all pictures: it keeps its tables, which are dear.
         self._reformatter = VideoReformatter()
-        self._tiles = np.zeros((count, 3, size, size), np.uint8) if size is not None else None
+        # Not zeroed as a whole: on fresh memory that costs as much as converting the pictures.
+        self._tiles = np.empty((count, 3, size, size), np.uint8) if size is not None else None
         self._native: dict[int, np.ndarray] = {}
 
     def draw(self, place: int, frame) -> None:
@@ -81,21 +83,24 @@ class _Canvas:
         if turns:
             picture = np.rot90(picture, turns)
         if self._tiles is not None:
-            self._tiles[place, :, :height, :width] = picture.transpose(2, 0, 1)
+            tile = self._tiles[place]
+            tile[:, :height, :width] = picture.transpose(2, 0, 1)
+            tile[:, height:] = 0
+            tile[:, :height, width:] = 0
         else:
             self._native[place] = picture
 
     def frames(self, back: np.ndarray) -> np.ndarray:
         """uint8 [F, 3, S, S] or [F, 3, H, W]; request f shows what was drawn at place back[f]."""
         if self._tiles is not None:
-            return self._tiles if np.array_equal(back, np.arange(self._count)) else self._tiles[back]
+            return in_order(self._tiles, back)
         # A stream may change its size midway; the asked pictures then have no common shape at native size.
         if len({picture.shape for picture in self._native.values()}) > 1:
             raise SampleError(self._key, "the video changes its picture size")
         return tiled(np.stack([self._native[place] for place in sorted(self._native)]), None)[back]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Stored:
     """One packet as it is stored."""
 
@@ -123,7 +128,7 @@ def _by_packets(
         stamps = sorted(entry.stamp for entry in stored if entry.stamp is not None)
         if not stamps:
             raise _Doubt
-        seconds = np.array([(stamp - stamps[0]) * float(stream.time_base) for stamp in stamps])
+        seconds = (np.array(stamps, np.int64) - stamps[0]) * float(stream.time_base)
         wanted, back = np.unique(frame_indices(seconds, times_s), return_inverse=True)
         places = {stamps[number]: place for place, number in enumerate(wanted.tolist())}
         canvas = _Canvas(len(wanted), size, key, limits)
