@@ -65,8 +65,6 @@ def read_torchcodec(
     batches = [decoder.get_frames_played_at(early)] if early else []
     if len(early) < len(moments):
         batches.append(decoder.get_frames_at([about.num_frames - 1] * (len(moments) - len(early))))
-    pictures = [batch.data.numpy() for batch in batches]
-        np.concatenate([batch.data.numpy() for batch in batches]) if len(batches) > 1 else batches[0].data.numpy()
-    )
+    pictures = np.concatenate([batch.data.numpy() for batch in batches])
     stamps = np.concatenate([batch.pts_seconds.numpy() for batch in batches]) - begin
     return DecodedArrays(in_order(tiled(pictures, size), back), "torchcodec", stamps[back])
