@@ -1,5 +1,6 @@
 """The index: what is stored comes back, an indexing goes on where it was stopped, no file takes it along."""
 
+import fcntl
 import io
 import json
 import os
@@ -22,10 +23,10 @@ from moss_train.data.config import MODALITIES, DataConfig
 from moss_train.data.corpus import load_source
 from moss_train.data.decoding.probe import MediaProbe
 from moss_train.data.shards import describe_shards
-from moss_train.data.shards.index import INDEX_NAME, load_index
+from moss_train.data.shards.index import INDEX_NAME, fingerprint_of, load_index
 from moss_train.data.shards.index_build import PARTIAL_FOLDER, build_index
 from moss_train.data.shards.index_command import IndexOptions, index_command
-from moss_train.data.shards.index_rows import KINDS, IndexedSample, Member, read_row, write_rows
+from moss_train.data.shards.index_rows import KINDS, IndexedSample, Member, ShardFacts, read_row, write_rows
 from moss_train.data.shards.storage import ShardStore
 from moss_train.errors import ConfigError, DataError, SampleError
 from moss_train.streams.compiled import FrameRequest
@@ -137,6 +138,24 @@ def test_an_indexing_that_was_killed_goes_on_where_it_was(folder: Path, tmp_path
     assert len(scanned) == 3
     assert list(index.samples()) == list(load_index(folder).samples())
     assert [path.name for path in (tmp_path / "out").iterdir()] == [INDEX_NAME]
+
+
+def test_two_do_not_index_the_same_source_at_once(folder: Path, tmp_path: Path):
+    partials = tmp_path / "out" / PARTIAL_FOLDER
+    partials.mkdir(parents=True)
+    with (partials / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="being indexed by another process"):
+            build_index(folder, tmp_path / "out")
+    assert len(build_index(folder, tmp_path / "out")) == 12
+
+
+def test_a_signature_of_a_url_is_no_part_of_the_fingerprint():
+    def fingerprint(name: str) -> str:
+        return fingerprint_of([ShardFacts(name, 1, None, "0", 1)])
+
+    assert fingerprint("https://h/a.tar?sig=1") == fingerprint("https://h/a.tar?sig=2") == fingerprint("/x/a.tar")
+    assert fingerprint("/x/a.tar") != fingerprint("/x/b.tar")
 
 
 def note_scans(monkeypatch, scanned: list[Path]) -> None:

@@ -14,9 +14,6 @@ from moss_train.errors import SampleError
 if TYPE_CHECKING:
     from moss_train.streams.tokenizer import StreamTokenizer
 
-#: what a member is by its name: a sample's JSON, a medium, or something that training does not read
-MEMBER_TYPES = ("json", "medium", "other")
-
 
 @dataclass(frozen=True)
 class DescribeJob:
@@ -29,7 +26,7 @@ class DescribeJob:
     shard: str  #: path or URL
     offset: int
     size: int
-    type: str  #: one of MEMBER_TYPES
+    type: str  #: "json" (a sample's), "medium", or "other", whose bytes are only digested
     max_pixels: int
     tokenizer: str | None  #: file of `save_tokenizer` that counts the texts of a JSON member; None: not counted
     shard_size: int | None = None  #: bytes of the whole shard

@@ -164,8 +164,13 @@ def _codes(column: pa.DictionaryArray, names: tuple[str, ...]) -> pa.Array:
 
 def fingerprint_of(shards: Iterable[ShardFacts]) -> str:
     """Of the contents of all shards: their names without folders, sizes and digests."""
-    entries = [[shard.name.rpartition("/")[2], shard.size, shard.digest] for shard in shards]
+    entries = [[_file_name(shard.name), shard.size, shard.digest] for shard in shards]
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def _file_name(name: str) -> str:
+    """A shard's name without folders and, of a URL, without the query, which may be a signature of the day."""
+    return (name.partition("?")[0] if is_remote(name) else name).rpartition("/")[2]
 
 
 def facts_digest_of(shards: Sequence[str]) -> str:

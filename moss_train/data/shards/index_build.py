@@ -5,11 +5,12 @@ stopped goes on where it was; each member is looked at by a process that can be 
 hangs or crashes costs one medium.
 """
 
+import fcntl
 import hashlib
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,9 @@ def build_index(
     shards = _shards_of(location, folder, beside=out is None)
     if not shards:
         raise DataError(f"{location}: no shards there")
-    (folder / PARTIAL_FOLDER).mkdir(parents=True, exist_ok=True)
     settings = {"max_pixels": data.max_frame_pixels, "tokenizer": tokenizer.fingerprint if tokenizer else None}
     with ExitStack() as stack:
+        stack.enter_context(_alone(folder / PARTIAL_FOLDER))
         if store is None:
             store = stack.enter_context(closing(ShardStore.of(data)))
         submit: Submit = partial(_describe_here, store=store)
@@ -70,10 +71,22 @@ def build_index(
             store.prefetch(shard.location)
         bar = progress_bar(todo, f"indexing {location.rstrip('/').rpartition('/')[2]}", progress)
         describe_shards(_fetched_ahead(bar, todo, store), look, on_fault)
-    names = {"fingerprint": tokenizer.fingerprint} if tokenizer else None
-    merge_partials([shard.partial for shard in shards], folder / INDEX_NAME, names, on_fault)
-    shutil.rmtree(folder / PARTIAL_FOLDER)
+        names = {"fingerprint": tokenizer.fingerprint} if tokenizer else None
+        merge_partials([shard.partial for shard in shards], folder / INDEX_NAME, names, on_fault)
+        shutil.rmtree(folder / PARTIAL_FOLDER)
     return load_index(folder)
+
+
+@contextmanager
+def _alone(partials: Path) -> Iterator[None]:
+    """The folder of what was found, for this process alone. Raises DataError when another one uses it."""
+    partials.mkdir(parents=True, exist_ok=True)
+    with (partials / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"{partials.parent} is being indexed by another process: wait for it") from error
+        yield
 
 
 def _folder_of(location: str, out: str | Path | None) -> Path:
