@@ -143,9 +143,10 @@ def compare(
             loader: largest_difference(pictures[WEBDATASET], pictures[loader], pictures[WEBDATASET])
             for loader in (OURS, ENERGON)
         }
+        apart_text = ", ".join(f"{loader} {levels:.2f}" for loader, levels in apart.items())
         say(
             f"{case.name}: {len(case.requests)} samples, {case.frames} pictures, {case.ranks} rank(s); largest "
-            f"difference of a block's mean from webdataset's, levels: ours {apart[OURS]:.2f}, energon {apart[ENERGON]:.2f}"
+            f"difference of a block's mean from webdataset's, levels: {apart_text}"
         )
         bound = SAME_PICTURES if case.originals is None else TRANSCODED_PICTURES
         if apart[OURS] > bound or apart[ENERGON] > SAME_PICTURES:
