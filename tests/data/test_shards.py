@@ -209,7 +209,7 @@ def test_damaged_index(packed: Path):
 
 
 @given(place=st.floats(0, 1), bit=st.integers(0, 7))
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_a_flipped_bit_of_the_index_is_an_error_or_changes_no_plan(packed: Path, place: float, bit: int):
     """Never a crash of the process, never another order of samples."""
     path = packed / INDEX_NAME
