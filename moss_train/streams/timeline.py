@@ -4,6 +4,8 @@ A slot is what stands after one anchor, or after the header of an assistant turn
 to that of the next slot. Nothing here knows labels or rows; `compiler.py` writes the row from the slots.
 """
 
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from moss_train.errors import SampleError
@@ -52,14 +54,15 @@ def build_timeline(
 
     Raises SampleError when a reply has no slot to start in, or starts while another still runs.
     """
-    slots, slot_of_question = _open_slots(sample, arrivals)
+    table = _open_slots(sample, arrivals)
+    slots = table.slots
     last_taken: tuple[int, Reply] | None = None
     question: UserEvent | None = None
     for index, event in enumerate(sample.events):
         if isinstance(event, UserEvent):
             question = event
         elif isinstance(event, Reply):
-            start = _start_slot(sample, index, event, question, slots, slot_of_question)
+            start = _start_slot(sample, index, event, question, table)
             if last_taken is not None and start <= last_taken[0]:
                 running_until = slots[last_taken[0]].time_s
                 raise SampleError(
@@ -68,13 +71,34 @@ def build_timeline(
                     f"{last_taken[1].id!r} still runs (until after {running_until} s); one reply at a time: "
                     "move it, shorten the earlier one, or raise compiler.tokens_per_second",
                 )
-            last_taken = (_place(sample, index, event, start, slots, config, tokenizer), event)
+            last_taken = (_place(sample, index, event, start, table, config, tokenizer), event)
     _mark_silence(sample, slots, config)
     return slots
 
 
-def _open_slots(sample: StreamSample, arrivals: list[float]) -> tuple[list[TimelineSlot], dict[str, int]]:
-    """Empty slots in order, and for each user event the slot after its header."""
+@dataclass(frozen=True)
+class _Table:
+    """The slots of a stream, and where to find them: a long one has many slots and many replies."""
+
+    slots: list[TimelineSlot]
+    arrivals: list[float]
+    of_frame: list[int]  #: frame -> its slot
+    of_question: dict[str, int]  #: user event -> the slot after its header
+    headers: list[int]  #: slots that open a turn, ascending
+
+    def first_from(self, time_s: float) -> int | None:
+        """The slot of the first frame that arrives at or after `time_s`."""
+        frame = bisect_left(self.arrivals, time_s - SAME_MOMENT_S)
+        return self.of_frame[frame] if frame < len(self.of_frame) else None
+
+    def turn_end(self, slot: int) -> int:
+        """The last slot of the turn of `slot`."""
+        following = bisect_right(self.headers, slot)
+        return (self.headers[following] if following < len(self.headers) else len(self.slots)) - 1
+
+
+def _open_slots(sample: StreamSample, arrivals: list[float]) -> _Table:
+    """Empty slots, in order."""
     start_s, end_s = sample.sampling.start_s, sample.sampling.end_s
     questions = [event for event in sample.events if isinstance(event, UserEvent)]
     opening = [event for event in questions if event.t <= start_s + SAME_MOMENT_S or event.t < arrivals[0]]
@@ -89,7 +113,13 @@ def _open_slots(sample: StreamSample, arrivals: list[float]) -> tuple[list[Timel
             slots.append(TimelineSlot(-1, event.t, end_s, True, event))
     for slot, following_slot in zip(slots, slots[1:], strict=False):
         slot.end_s = following_slot.time_s
-    return slots, {slot.question.id: index for index, slot in enumerate(slots) if slot.question is not None}
+    return _Table(
+        slots,
+        arrivals,
+        of_frame=[index for index, slot in enumerate(slots) if slot.frame >= 0],
+        of_question={slot.question.id: index for index, slot in enumerate(slots) if slot.question is not None},
+        headers=[index for index, slot in enumerate(slots) if slot.opens_turn],
+    )
 
 
 def _start_slot(
@@ -97,18 +127,17 @@ def _start_slot(
     index: int,
     reply: Reply,
     question: UserEvent | None,
-    slots: list[TimelineSlot],
-    slot_of_question: dict[str, int],
+    table: _Table,
 ) -> int:
     """The first slot a reply may start in."""
-    if question is None and reply.evidence == [] and reply.t <= slots[0].time_s + SAME_MOMENT_S:
+    if question is None and reply.evidence == [] and reply.t <= table.slots[0].time_s + SAME_MOMENT_S:
         return 0
     if question is not None and abs(reply.t - question.t) <= SAME_MOMENT_S:
         # the first frame arrives at the very time of an opening question: only a reply that rests on
         # nothing seen is said before it
         if question.t > sample.sampling.start_s + SAME_MOMENT_S or reply.evidence == []:
-            return slot_of_question[question.id]
-    start = _frame_slot_at(slots, reply.t)
+            return table.of_question[question.id]
+    start = table.first_from(reply.t)
     if start is None:
         raise SampleError(
             sample.key,
@@ -118,26 +147,17 @@ def _start_slot(
     return start
 
 
-def _frame_slot_at(slots: list[TimelineSlot], time_s: float) -> int | None:
-    for index, slot in enumerate(slots):
-        if slot.frame >= 0 and slot.time_s >= time_s - SAME_MOMENT_S:
-            return index
-    return None
-
-
 def _place(
     sample: StreamSample,
     index: int,
     reply: Reply,
     start: int,
-    slots: list[TimelineSlot],
+    table: _Table,
     config: CompilerConfig,
     tokenizer: StreamTokenizer,
 ) -> int:
     """Puts a reply into its slots; returns the last one it takes."""
-    limit = start  # the last slot of the turn
-    while limit + 1 < len(slots) and not slots[limit + 1].opens_turn:
-        limit += 1
+    slots, limit = table.slots, table.turn_end(start)
     if reply.chunks is not None:
         texts = [(time_s, text) for time_s, text in reply.chunks]
         emission = _emit_at_times(texts, False, start, limit, slots, tokenizer)
@@ -228,12 +248,32 @@ def _emit_at_rate(
 def _mark_silence(sample: StreamSample, slots: list[TimelineSlot], config: CompilerConfig) -> None:
     """Which silences are known to be right, and which lie between a revision's evidence and the revision."""
     if sample.silence == "explicit":
-        known = [event for event in sample.events if isinstance(event, SilenceInterval)]
+        known = _Intervals((event.t, event.t_end) for event in sample.events if isinstance(event, SilenceInterval))
         for slot in slots:
-            slot.taught = any(event.t - SAME_MOMENT_S <= slot.time_s < event.t_end - SAME_MOMENT_S for event in known)
+            slot.taught = slot.time_s in known
     if config.stale_silence_guard:
-        for event in sample.events:
-            if isinstance(event, Reply) and event.kind == "revise" and event.evidence:
-                for slot in slots:
-                    if event.evidence[1] - SAME_MOMENT_S <= slot.time_s < event.t - SAME_MOMENT_S:
-                        slot.stale = True
+        stale = _Intervals(
+            (event.evidence[1], event.t)
+            for event in sample.events
+            if isinstance(event, Reply) and event.kind == "revise" and event.evidence
+        )
+        for slot in slots:
+            slot.stale = slot.time_s in stale
+
+
+class _Intervals:
+    """Moments from <= t < to of any of the given intervals."""
+
+    def __init__(self, intervals: Iterable[tuple[float, float]]):
+        self._starts: list[float] = []
+        self._ends: list[float] = []
+        for start_s, end_s in sorted(intervals):
+            if self._ends and start_s <= self._ends[-1]:
+                self._ends[-1] = max(self._ends[-1], end_s)
+            elif start_s < end_s:
+                self._starts.append(start_s)
+                self._ends.append(end_s)
+
+    def __contains__(self, time_s: float) -> bool:
+        place = bisect_right(self._starts, time_s + SAME_MOMENT_S) - 1
+        return place >= 0 and time_s < self._ends[place] - SAME_MOMENT_S
