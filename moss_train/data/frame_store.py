@@ -27,7 +27,7 @@ import torch
 from moss_train.data.corpus import Corpus
 from moss_train.data.decoding.decode import DecodedArrays
 from moss_train.data.decoding.job import DecodeJob, Shards, run_job
-from moss_train.data.decoding.pool import DecodePool
+from moss_train.data.decoding.pool import DecodeFailure, DecodePool
 from moss_train.errors import SampleError
 from moss_train.streams.compiled import FrameRequest
 
@@ -49,8 +49,16 @@ class FrameWant:
 class PendingFrames:
     """Frames that are being decoded, or are decoded already."""
 
-    def __init__(self, corpus: Corpus, parts: "list[_Part]", places: list[list[int]], error: SampleError | None = None):
+    def __init__(
+        self,
+        corpus: Corpus,
+        key: str,
+        parts: "list[_Part]",
+        places: list[list[int]],
+        error: SampleError | None = None,
+    ):
         self._corpus = corpus
+        self._key = key
         self._parts = parts
         self._places = places
         self._value: torch.Tensor | SampleError | None = error
@@ -62,7 +70,7 @@ class PendingFrames:
                 decoded = [part.result() for part in self._parts]
                 self._value = self._corpus.assemble(decoded, self._places)
             except SampleError as error:
-                self._value = error
+                self._value = _renamed(error, self._key)
             self._parts, self._places = [], []
         if isinstance(self._value, SampleError):
             raise self._value
@@ -101,10 +109,11 @@ class FrameStore:
             try:
                 work = want.corpus.decode_jobs(want.number, want.requests, want.all_requests)
             except SampleError as error:
-                pending.append(PendingFrames(want.corpus, [], [], error))
+                pending.append(PendingFrames(want.corpus, error.key, [], [], error))
                 continue
             parts = [self._part(job, passes, want.corpus.store) for job, _ in work]
-            pending.append(PendingFrames(want.corpus, parts, [places for _, places in work]))
+            key = work[0][0].key if work else ""
+            pending.append(PendingFrames(want.corpus, key, parts, [places for _, places in work]))
         for clip_passes in passes.values():
             for clip_pass in clip_passes:
                 clip_pass.begin(self.pool)
@@ -145,6 +154,16 @@ class FrameStore:
             while self._bytes > self._room:
                 _, oldest = self._cache.popitem(last=False)
                 self._bytes -= oldest.frames.nbytes
+
+
+def _renamed(error: SampleError, key: str) -> SampleError:
+    """The error as one of the sample `key`: another one with the same clip may have asked first."""
+    if error.key == key:
+        return error
+    failed = isinstance(error, DecodeFailure)
+    own = DecodeFailure(key, error.reason, error.exception) if failed else SampleError(key, error.reason)
+    own.__cause__ = error.__cause__
+    return own
 
 
 class _Part:
