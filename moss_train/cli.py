@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data pack": ("moss_train.data.shards.pack:pack", "write samples into indexed tar shards"),
     "data index": ("moss_train.data.shards.index_command:index", "index existing tar shards"),
     "data show": ("moss_train.data.show:show", "draw one sample: frames, who speaks when, what is trained"),
+    "data stats": ("moss_train.data.stats:stats", "histograms of lengths, packing efficiency, balance of ranks"),
     "data check": ("moss_train.data.shards.check:check", "validate shards, samples and media"),
     "convert verify": ("moss_train.checkpoint.verify:verify", "compare the model with reference outputs"),
     "eval": ("moss_train.train.evaluate_command:evaluate", "free-running figures of a checkpoint on packed streams"),

@@ -1,4 +1,4 @@
-"""`moss-train bench cost`: what a token, a pair of tokens, a frame and a token that sees a frame cost on this machine."""
+"""`moss-train bench cost`: what a token, a pair of tokens, a frame and a token seeing a frame cost on this machine."""
 
 import itertools
 import json

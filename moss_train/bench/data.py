@@ -105,6 +105,8 @@ def data_command(options: DataOptions) -> int:
         planned = plan_figures(make_blend(folder, samples), batch, ranks, samples, max(5, repeats))
         say(f"  {planned}")
         figures |= {"text_padding": planned.text_padding, "frame_padding": planned.frame_padding}
+        figures["text_padding.8_rows"] = planned.text_padding_8_rows
+        figures["frame_padding.8_rows"] = planned.frame_padding_8_rows
         figures |= {"imbalance_64": planned.imbalance, "plan_ms": planned.plan_ms}
     if options.wants("wait"):
         clips, batch, epochs = (8, 4, 2) if options.quick else (64, 16, 5)

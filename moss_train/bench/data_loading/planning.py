@@ -32,7 +32,7 @@ from moss_train.bench.data_loading.sources import (
 from moss_train.data.batch import ALL_FRAMES
 from moss_train.data.config import DataConfig, SourceConfig
 from moss_train.data.loader import build_loader
-from moss_train.data.packing import Deal, RowLimits, stream_costs
+from moss_train.data.packing import Deal, Padding, RowLimits, padding_of, plan_rows, stream_costs
 from moss_train.data.planning import Place, Planner
 from moss_train.data.shards.pack import pack
 from moss_train.data.sources import OpenBlend, open_blend
@@ -54,6 +54,8 @@ class PlanFigures:
 
     text_padding: float
     frame_padding: float
+    text_padding_8_rows: float  #: the same, planned with up to eight rows a microbatch, which are padded to the longest
+    frame_padding_8_rows: float
     imbalance: float  #: cost of the rank with most work ÷ the mean over ranks
     plan_ms: float  #: median for one global batch, CPU time of the thread that plans
     streams: int  #: of the global batch whose padding is measured, and
@@ -136,15 +138,26 @@ def plan_figures(packed: Path, batch: int, data_ranks: int, largest: int, repeat
     config = replace(data, global_batch_size=largest)
     opened = open_blend(config, compiler, tokenizer, _TILE, seed=0)
     padding = {name: 1 - real / max(1, there) for name, (real, there) in places.items()}
+    wide = _padding_of_wide(opened, data, batch, data_ranks)
     return PlanFigures(
         padding["tokens"],
         padding["frames"],
+        wide.text,
+        wide.frame,
         statistics.median(_imbalance(opened, config, epoch) for epoch in range(repeats)),
         1e3 * statistics.median(_plan_seconds(opened, config, repeats)),
         batch,
         data_ranks,
         largest,
     )
+
+
+def _padding_of_wide(opened: OpenBlend, data: DataConfig, batch: int, data_ranks: int) -> Padding:
+    """Of as large a batch with eight rows a microbatch."""
+    units = opened.blend.global_batch(0, 0)[:batch, 1]
+    tokens, frames = opened.lengths[0].tokens[units].tolist(), opened.lengths[0].frames[units].tolist()
+    plan = plan_rows(tokens, frames, RowLimits.of(replace(data, micro_batch_rows=8)), data.cost, data_ranks)
+    return padding_of(plan, tokens, frames)
 
 
 def _plan_seconds(opened: OpenBlend, data: DataConfig, repeats: int) -> list[float]:
