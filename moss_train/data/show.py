@@ -2,13 +2,17 @@
 
 import difflib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from moss_train.data.config import DataConfig
 from moss_train.data.corpus import Corpus, load_source
+from moss_train.data.decoding.pictures import fitted_size
 from moss_train.errors import ConfigError, DataError
-from moss_train.streams.compiled import CompiledStream, Kind
+from moss_train.streams.compiled import CompiledStream, FrameRequest, Kind
 from moss_train.streams.config import CompilerConfig, TokenizerConfig
 from moss_train.streams.split import RowBudget
 from moss_train.streams.template import HEADER_END
@@ -74,7 +78,7 @@ def show_command(options: ShowOptions) -> int:
     folder = Path(options.out).absolute().parent
     if not folder.is_dir():
         raise DataError(f"out={options.out}: the folder {folder} does not exist")
-    draw_sample(Path(options.out), title, row, items, lambda requests: corpus.frames(number, requests).numpy())
+    draw_sample(Path(options.out), title, row, items, lambda requests: _thumbnails(corpus, number, requests))
     print(f"wrote {options.out}: {title}")
     return 0
 
@@ -90,6 +94,18 @@ def _number(corpus: Corpus, key: str) -> int:
         near = difflib.get_close_matches(key, [corpus.key(number) for number in range(min(len(corpus), 10_000))], n=3)
         hint = f"; near it: {', '.join(near)}" if near else f"; its first is {corpus.key(0)!r}" if len(corpus) else ""
         raise DataError(f"{corpus.index.location} holds no sample {key!r}{hint}") from None
+
+
+def _thumbnails(corpus: Corpus, number: int, requests: Sequence[FrameRequest]) -> list[np.ndarray]:
+    """uint8 [h, w, 3] of each request: its tile without the padding."""
+    facts = corpus.entry(number).media
+    members = {medium.id: medium.member for medium in corpus.sample(number).media}
+    pictures = []
+    for request, tile in zip(requests, corpus.frames(number, requests).numpy(), strict=True):
+        probe = facts[members[request.media_id]]
+        width, height = fitted_size(probe.width, probe.height, THUMBNAIL)
+        pictures.append(tile.transpose(1, 2, 0)[:height, :width])
+    return pictures
 
 
 @dataclass(frozen=True)

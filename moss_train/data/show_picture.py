@@ -39,7 +39,7 @@ TEXT_POINTS = 6.8
 MOST_LINES = 14  #: of one text; more is cut
 SILENT_RUN, OFFLINE_RUN = 6, 20  #: runs of frames longer than these are shown in part
 
-Pictures = Callable[[Sequence[FrameRequest]], np.ndarray]
+Pictures = Callable[[Sequence[FrameRequest]], list[np.ndarray]]
 
 
 @dataclass
@@ -57,11 +57,10 @@ class Cell:
 
 
 def draw_sample(out: Path, title: str, row: CompiledStream, items: list[Item], pictures: Pictures) -> None:
-    """Write the picture. `pictures` gives the frames that are drawn, uint8 [n, 3, S, S]."""
+    """Write the picture. `pictures` gives the frames that are drawn, uint8 [h, w, 3] each."""
     cells = _cells(row, items)
     shown = [cell.above.frame for cell in cells if cell.above is not None and cell.above.frame is not None]
-    frames = dict(zip(shown, pictures([row.frames[frame] for frame in shown]), strict=True)) if shown else {}
-    thumbnails = {frame: _without_padding(picture) for frame, picture in frames.items()}
+    thumbnails = dict(zip(shown, pictures([row.frames[frame] for frame in shown]), strict=True)) if shown else {}
     thumb_height = max((_thumb_height(picture) for picture in thumbnails.values()), default=0.0)
     lines = _lines(cells)
     heights = [_line_heights(line, thumb_height) for line in lines]
@@ -178,17 +177,6 @@ def _wrapped(text: str, width: float) -> list[str]:
     return (
         lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], f"… {len(lines) - MOST_LINES + 1} more lines"]
     )
-
-
-def _without_padding(picture: np.ndarray) -> np.ndarray:
-    """uint8 [h, w, 3] of a [3, S, S] tile: the black below and right of the picture is cut off."""
-    filled = picture.max(axis=0) > 8
-    rows, columns = np.flatnonzero(filled.any(axis=1)), np.flatnonzero(filled.any(axis=0))
-    height, width = (rows[-1] + 1 if len(rows) else picture.shape[1]), (columns[-1] + 1 if len(columns) else 1)
-    size = picture.shape[1]
-    if height < size and width < size:  # a tile is padded on one side only: the rest is a dark picture
-        height, width = size, size
-    return picture.transpose(1, 2, 0)[:height, :width]
 
 
 def _thumb_height(picture: np.ndarray) -> float:
