@@ -13,6 +13,7 @@ import av
 import numpy as np
 import pytest
 from data_samples import caption_json, numbered_clip, stage, still, stream_json
+from faulty_server import faulty_server
 from shared_data import shared_folder
 
 from moss_train.data.corpus import load_source
@@ -22,6 +23,7 @@ from moss_train.data.shards import transcode, transcoder
 from moss_train.data.shards.check import DURATION_SLACK_S
 from moss_train.data.shards.index import load_index
 from moss_train.data.shards.pack import PackOptions, pack, pack_command
+from moss_train.data.shards.storage import ShardStore
 from moss_train.data.shards.transcode import TranscodeConfig, transcode_clip
 from moss_train.errors import ConfigError, DataError, SampleError
 
@@ -253,6 +255,20 @@ def test_a_source_is_transcoded_from_staging_and_from_shards_alike(tmp_path: Pat
     facts = corpus.index.sample(0).media["mp4"]
     assert (facts.frame_count, facts.width, facts.duration_s) == (4, 64, pytest.approx(2.0))
     assert probe_media(corpus.member(3, "1.avi")).container == "mp4"
+
+
+def test_shards_at_a_url_are_packed_anew(tmp_path: Path):
+    stage(tmp_path / "staging", "a", stream_json("a", 4, 2.0), mp4=moving_clip(24, shape=(64, 48)))
+    pack(tmp_path / "staging", tmp_path / "plain")
+    pack(tmp_path / "staging", tmp_path / "new", transcode=SMALL)
+    with faulty_server() as server:
+        server.files["/shard-000000.tar"] = (tmp_path / "plain" / "shard-000000.tar").read_bytes()
+        server.fail("/shard-000000.tar", 503)
+        store = ShardStore(str(tmp_path / "cache"), sleep=lambda seconds: None)
+        source = f"{server.url}/shard-{{000000..000000}}.tar?sig=s3cr3t"
+        pack(source, tmp_path / "from url", transcode=SMALL, workers=1, store=store)
+        assert len(server.requests) == 2
+    assert load_index(tmp_path / "from url").fingerprint == load_index(tmp_path / "new").fingerprint
 
 
 KILLED = "from moss_train.cli import main; import sys; sys.exit(main(sys.argv[1:]))"

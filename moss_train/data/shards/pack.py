@@ -16,6 +16,7 @@ from moss_train.data.shards.staging import check_target, staged_folder
 from moss_train.data.shards.storage import ShardStore
 from moss_train.data.shards.transcode import TranscodeConfig
 from moss_train.data.shards.transcoder import Clip, Transcoder, TranscodeSummary, shows_other_moments
+from moss_train.data.shards.transfer import shown
 from moss_train.errors import ConfigError, DataError, SampleError
 
 #: samples that `data pack` left out, one JSON line each with key, reason and exception
@@ -39,12 +40,22 @@ class PackOptions:
     """Processes that look into media and transcode; 0: one for each core."""
     transcode: TranscodeConfig = field(default_factory=TranscodeConfig)
     """Clips are rewritten when `transcode.fps` is given."""
+    cache_dir: str | None = None
+    """Folder where remote shards are kept; null: `moss_train/shards` in the user's cache folder."""
+    cache_gb: float = 100.0
+    """Size limit of that folder in GB (10⁹ bytes)."""
+    remote_retries: int = 5
+    """How often a failed transfer is tried again."""
+    remote_timeout_s: float = 60.0
+    """A transfer that brings no byte for so long has failed; seconds."""
 
     def validate(self) -> None:
         if self.shard_mb < 1:
             raise ConfigError(f"shard_mb={self.shard_mb} must be at least 1")
         if self.workers < 0:
             raise ConfigError(f"workers={self.workers} must not be negative")
+        if self.cache_gb <= 0 or self.remote_timeout_s <= 0 or self.remote_retries < 0:
+            raise ConfigError("cache_gb and remote_timeout_s must be above 0, remote_retries at least 0")
         self.transcode.validate()
 
 
@@ -56,7 +67,11 @@ def pack_command(options: PackOptions) -> int:
     """
     transcode = options.transcode if options.transcode.fps is not None else None
     workers = options.workers or os.cpu_count() or 1
-    packed = pack(options.source, Path(options.out), options.shard_mb, options.overwrite, True, transcode, workers)
+    out = Path(options.out)
+    with closing(
+        ShardStore(options.cache_dir, options.cache_gb, options.remote_retries, options.remote_timeout_s)
+    ) as store:
+        packed = pack(options.source, out, options.shard_mb, options.overwrite, True, transcode, workers, store)
     if packed.transcoded is not None:
         print("\n".join(packed.transcoded.lines()))
     for error in packed.rejected[:10]:
@@ -84,33 +99,36 @@ def pack(
     progress: bool = False,
     transcode: TranscodeConfig | None = None,
     workers: int = 0,
+    store: ShardStore | None = None,
 ) -> Packed:
     """Write the samples of `source` (see `find_samples`), by key, as shards with their index to the folder `out`.
 
     A sample that breaks the schema or lacks a medium is left out and recorded; one whose medium does not decode is
     packed, and the index says so, but left out when clips are to be transcoded. `workers` processes look into the media
-    and transcode; 0: this one does. `out` appears complete or not at all.
+    and transcode; 0: this one does. `store` fetches remote shards. `out` appears complete or not at all.
     Raises DataError when `out` exists or no sample is left.
     """
-    with closing(ShardStore()) as store:
-        samples = find_samples(str(source), store)
-        check_target(out, INDEX_NAME, "data pack", overwrite)
-        rejected: list[SampleError] = []
-        transcoder = None
-        if transcode is not None:
-            transcoder = Transcoder(transcode, out, store, workers)
-            transcoder.run(_clips(samples, store), progress)
-        with staged_folder(out) as partial:
-            names = progress_bar(list(samples), f"packing {Path(source).name}", progress)
-            count = _write_shards(partial, _contents(samples, names, store, transcoder, rejected), shard_mb)
-            if not count:
-                first = f"; the first: {rejected[0]}" if rejected else ""
-                raise DataError(f"{source} holds no sample that can be packed ({len(rejected)} left out{first})")
-            if rejected:
-                _write_rejected(partial / REJECTED_NAME, rejected)
-            build_index(partial, workers=workers, progress=progress)
-        if transcoder is not None:
-            transcoder.clean_up()
+    store = store or ShardStore()
+    check_target(out, INDEX_NAME, "data pack", overwrite)
+    samples = find_samples(str(source), store)
+    rejected: list[SampleError] = []
+    transcoder = None
+    if transcode is not None:
+        transcoder = Transcoder(transcode, out, store, workers)
+        transcoder.run(_clips(samples, store), progress)
+    with staged_folder(out) as partial:
+        names = progress_bar(list(samples), f"packing {shown(str(source)).rstrip('/').rpartition('/')[2]}", progress)
+        count = _write_shards(partial, _contents(samples, names, store, transcoder, rejected), shard_mb)
+        if not count:
+            first = f"; the first: {rejected[0]}" if rejected else ""
+            raise DataError(
+                f"{shown(str(source))} holds no sample that can be packed ({len(rejected)} left out{first})"
+            )
+        if rejected:
+            _write_rejected(partial / REJECTED_NAME, rejected)
+        build_index(partial, workers=workers, progress=progress)
+    if transcoder is not None:
+        transcoder.clean_up()
     return Packed(count, rejected, transcoder.summary if transcoder is not None else None)
 
 

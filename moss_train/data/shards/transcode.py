@@ -166,7 +166,7 @@ class _Clip:
         self.cpu_s = 0.0  #: spent on decoding each picture once
         self.count = len(times_s)
         self._limits = DecodeLimits(max_pixels=max_pixels)
-        step = max(1, BATCH_BYTES // (3 * size * size))
+        step = min(max(1, BATCH_BYTES // (3 * size * size)), self._limits.max_frames)
         self._times = [times_s[first : first + step] for first in range(0, len(times_s), step)]
         self._only: _Batch | None = None  # of a clip of one batch, which need not be decoded twice
         self._counted = 0
