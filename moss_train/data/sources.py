@@ -1,5 +1,6 @@
 """The sources of a blend, opened: their indexes, the lengths of their streams, and the order made of them."""
 
+import os
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -112,7 +113,7 @@ def open_blend(
     names = [corpus.name for corpus in corpora]
     if len(set(names)) < len(names):
         raise ConfigError(f"data.sources has two sources of one name among {', '.join(names)}")
-    lengths = [lengths_of(corpus, budget, data.workers, progress) for corpus in corpora]
+    lengths = [lengths_of(corpus, budget, os.cpu_count() or 1, progress) for corpus in corpora]
     sources = [
         _blend_source(corpus, own, data, name) for corpus, own, name in zip(corpora, lengths, data.sources, strict=True)
     ]
