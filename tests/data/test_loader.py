@@ -144,8 +144,9 @@ def test_a_small_cache_stays_within_its_bound(folder: Path):
     with loader_of(folder, frame_cache_mb=1, global_batch_size=22) as loader:
         for _ in range(4):
             next(loader)
-            assert loader._preparer.frames._bytes <= 1 << 20 and len(loader._preparer.frames._cache) == 14
-            assert loader._preparer.frames._bytes == sum(part.frames.nbytes for part in loader._preparer.frames._cache.values())
+            frames = loader._preparer.frames
+            assert frames._bytes <= 1 << 20 and len(frames._cache) == 14
+            assert frames._bytes == sum(decoded.frames.nbytes for decoded in frames._cache.values())
 
 
 def test_mixed_sources_stills_and_text(tmp_path: Path):
