@@ -26,6 +26,7 @@ from moss_train.data.shards.pack import PackOptions, pack, pack_command
 from moss_train.data.shards.storage import ShardStore
 from moss_train.data.shards.transcode import TranscodeConfig, transcode_clip
 from moss_train.errors import ConfigError, DataError, SampleError
+from moss_train.streams.media import MediaInfo, offline_frame_times
 
 SIZE = 112
 
@@ -154,6 +155,24 @@ def test_a_regular_clip_keeps_the_rate_that_was_asked_for():
     for count in (29, 30, 31, 36, 40):
         facts = probe_media(transcode_clip(moving_clip(count), "k", TranscodeConfig(fps=2.0, size=64))[0])
         assert facts.frame_rate == 2.0 and facts.duration_s == pytest.approx(count / 12, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mp4", "ntsc", "avi without stamps"])
+def test_offline_sampling_shows_the_same_pictures(name: str):
+    """By number and average rate, as the reference samples: from the new clip come the pictures of the old.
+
+    But for the last, for which the one kept before may stand: a clip that ends just after k / fps counts as shorter.
+    """
+    old = CLIPS[name]()
+    clips = (old, transcode_clip(old, "k", TranscodeConfig(fps=4.0, size=SIZE))[0])
+    for fps in (1.0, 2.0, 4.0):
+        stamps = []
+        for clip in clips:
+            facts = probe_media(clip)
+            info = MediaInfo(facts.duration_s, facts.frame_rate, facts.frame_count)
+            stamps.append(decode_arrays(clip, offline_frame_times(info, fps, 1, 256), SIZE).times_s)
+        np.testing.assert_allclose(stamps[0][:-1], stamps[1][:-1], rtol=0, atol=1e-6)
+        assert 0 <= stamps[0][-1] - stamps[1][-1] < 1 / 4 + 1 / 12
 
 
 @pytest.mark.parametrize("codec", transcode.CODECS)
