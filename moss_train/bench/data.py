@@ -17,7 +17,7 @@ from rich.table import Table
 from moss_train.bench.data_loading.loaders import ENERGON, OURS, RUNS, WEBDATASET, prepared_folder
 from moss_train.bench.data_loading.measure import RunFigures, delivered, largest_difference, run_case
 from moss_train.bench.data_loading.planning import data_wait, make_blend, plan_figures
-from moss_train.bench.data_loading.sources import QUICK, CaseSources, Sizes, make_cases, startup_case
+from moss_train.bench.data_loading.sources import CASES, QUICK, CaseSources, Sizes, make_cases, startup_case
 from moss_train.cli import main as command_line
 from moss_train.errors import ConfigError, DataError
 
@@ -61,7 +61,7 @@ class DataOptions:
         for name, least in (("repeats", 1), ("size", 16)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least {least}")
-        legal = ("all", "sparse", "short", "dense", "sharded", REALTIME, "transcoded", "planning", "wait")
+        legal = ("all", *CASES, "planning", "wait")
         for name in self.cases.split(","):
             if name not in legal:
                 raise ConfigError(f"cases={self.cases}: {name!r} is none of {', '.join(legal)}")
@@ -196,7 +196,7 @@ def missed(figures: dict[str, Any]) -> list[str]:
 
 def _wanted_cases(folder: Path, options: DataOptions, say: Callable[[str], None]) -> list[CaseSources]:
     """Encoded and packed where that was not done before."""
-    names = [name for name in ("sparse", "short", "dense", "sharded", REALTIME, "transcoded") if options.wants(name)]
+    names = [name for name in CASES if options.wants(name)]
     if not names:
         return []
 
@@ -209,9 +209,9 @@ def _wanted_cases(folder: Path, options: DataOptions, say: Callable[[str], None]
             raise DataError(f"transcoding {source} ended with exit code {code}")
 
     began = time.monotonic()
-    cases = make_cases(folder, QUICK if options.quick else Sizes(), transcode, say)
+    cases = make_cases(folder, QUICK if options.quick else Sizes(), names, transcode, say)
     say(f"sources are ready after {time.monotonic() - began:.0f} s")
-    return [case for case in cases if case.name in names]
+    return cases
 
 
 def _ten_million(folder: Path, say: Callable[[str], None]) -> dict[str, float]:

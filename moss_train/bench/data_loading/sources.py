@@ -102,32 +102,28 @@ QUICK = Sizes(
 )
 
 
-def make_cases(folder: Path, sizes: Sizes, transcode: Callable[[Path, Path], None], say: Callable) -> list[CaseSources]:
-    """Encode, pack and (the last case) transcode everything below `folder`, where it is not there already."""
+#: cases of the comparison, in the order in which they are run
+CASES = ("sparse", "short", "dense", "sharded", "realtime", "transcoded")
+
+
+def make_cases(
+    folder: Path, sizes: Sizes, names: Sequence[str], transcode: Callable[[Path, Path], None], say: Callable
+) -> list[CaseSources]:
+    """The named cases: encoded, packed and, the last one, transcoded below `folder`, where they are not there yet."""
     stamp, wanted = folder / "made.json", json.dumps([VERSION, str(sizes)])
     if not (stamp.exists() and stamp.read_text() == wanted):
         shutil.rmtree(folder / "sources", ignore_errors=True)
+        shutil.rmtree(folder / "energon", ignore_errors=True)
     clips = _Clips(folder / "clips", sizes, say)
-    cases = [
-        _case(folder, "sparse", {"sparse": _sparse(clips, sizes)}, 1),
-        _case(folder, "short", {"short": _short(clips, sizes)}, 2 if sizes.short[0] % 2 == 0 else 1),
-        _case(folder, "dense", {"dense": _dense(clips, sizes)}, 1),
-        _case(folder, "sharded", {"streams": _streams(clips, sizes)}, len(sizes.streams), ranks=2),
-    ]
-    blend = {
-        "text": [text_sample(f"text{n}", 200 + 40 * n) for n in range(sizes.texts)],
-        "image": [_image(n) for n in range(sizes.images)],
-        "offline": _offline(clips, sizes),
-        "streams": _streams(clips, sizes),
+    makers = {
+        "sparse": lambda: _case(folder, "sparse", {"sparse": _sparse(clips, sizes)}, 1),
+        "short": lambda: _case(folder, "short", {"short": _short(clips, sizes)}, 2 - sizes.short[0] % 2),
+        "dense": lambda: _case(folder, "dense", {"dense": _dense(clips, sizes)}, 1),
+        "sharded": lambda: _case(folder, "sharded", {"streams": _streams(clips)}, len(sizes.streams), ranks=2),
+        "realtime": lambda: _realtime(folder, clips, sizes),
+        "transcoded": lambda: _transcoded(folder, clips, sizes, transcode, say),
     }
-    total = sum(map(len, blend.values()))
-    cases.append(_case(folder, "realtime", blend, total // 2 if total % 2 == 0 else total, ranks=2))
-    originals = _case(folder, "originals", {"originals": _transcoded(clips, sizes)}, 1)
-    packed = folder / "sources" / "transcoded"
-    if not packed.exists():
-        say("transcoding")
-        transcode(originals.folders["originals"], packed)
-    cases.append(CaseSources("transcoded", {"transcoded": packed}, originals.tars, originals.requests, 1, 1, originals))
+    cases = [makers[name]() for name in CASES if name in names]
     stamp.write_text(wanted)
     return cases
 
@@ -190,15 +186,32 @@ def _dense(clips: _Clips, sizes: Sizes) -> list[Staged]:
     return [_video(clips, f"dense{n}", spec, fps=sizes.dense[2]) for n, spec in enumerate(clips.dense)]
 
 
-def _transcoded(clips: _Clips, sizes: Sizes) -> list[Staged]:
-    return [_video(clips, f"high{n}", spec, fps=2.0) for n, spec in enumerate(clips.high)]
+def _transcoded(folder: Path, clips: _Clips, sizes: Sizes, transcode: Callable, say: Callable) -> CaseSources:
+    high = [_video(clips, f"high{n}", spec, fps=2.0) for n, spec in enumerate(clips.high)]
+    originals = _case(folder, "originals", {"originals": high}, 1)
+    packed = folder / "sources" / "transcoded"
+    if not packed.exists():
+        say("transcoding")
+        transcode(originals.folders["originals"], packed)
+    return CaseSources("transcoded", {"transcoded": packed}, originals.tars, originals.requests, 1, 1, originals)
 
 
-def _offline(clips: _Clips, sizes: Sizes) -> list[Staged]:
+def _realtime(folder: Path, clips: _Clips, sizes: Sizes) -> CaseSources:
+    blend = {
+        "text": [text_sample(f"text{n}", 200 + 40 * n) for n in range(sizes.texts)],
+        "image": [_image(n) for n in range(sizes.images)],
+        "offline": _offline(clips),
+        "streams": _streams(clips),
+    }
+    total = sum(map(len, blend.values()))
+    return _case(folder, "realtime", blend, total // 2 if total % 2 == 0 else total, ranks=2)
+
+
+def _offline(clips: _Clips) -> list[Staged]:
     return [_video(clips, f"offline{n}", spec, fps=1.0) for n, spec in enumerate(clips.offline)]
 
 
-def _streams(clips: _Clips, sizes: Sizes) -> list[Staged]:
+def _streams(clips: _Clips) -> list[Staged]:
     return [
         Staged(f"stream{n}", stream_sample(f"stream{n}", spec.seconds, n), {"mp4": clips.read(spec)})
         for n, spec in enumerate(clips.streams)
