@@ -1,118 +1,20 @@
 """An index of ten million samples opens in seconds and little memory. Slow: it writes a file of 2 GB."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import numpy as np
-import pyarrow as pa
 import pytest
 
-from moss_train.data.config import MODALITIES
-from moss_train.data.shards.index import BATCH_ROWS, INDEX_NAME, write_index
-from moss_train.data.shards.index_rows import (
-    KINDS,
-    ROWS,
-    IndexTotals,
-    ShardFacts,
-    coded,
-    key_hash,
-    planning_digest,
-)
-
-SAMPLES, SHARD_SAMPLES = 10_000_000, 2_000
-OPEN = """
-import json, sys, time
-import numpy as np
-from moss_train.data.shards.index import open_index
-from pathlib import Path
-def resident():
-    # all, and without mapped files, in GB
-    lines = dict(line.split(":") for line in open("/proc/self/status") if line.startswith(("VmRSS", "RssAnon")))
-    return [int(lines[name].split()[0]) / 1e6 for name in ("VmRSS", "RssAnon")]
-began = time.perf_counter()
-index = open_index(Path(sys.argv[1]), "")
-opened, resident_open = time.perf_counter() - began, resident()
-shares = [int((index.modalities == code).sum()) for code in range(3)]
-began = time.perf_counter()
-numbers = np.random.default_rng(0).integers(0, len(index), 2000)
-entries = [index.sample(int(number)) for number in numbers]
-per_sample = (time.perf_counter() - began) / len(numbers)
-began = time.perf_counter()
-found = index.number(entries[7].key)
-assert found == numbers[7]
-print(json.dumps({
-    "samples": len(index), "open_s": opened, "modalities": shares, "sample_s": per_sample,
-    "first_number_s": time.perf_counter() - began,
-    "resident_open_gb": resident_open, "resident_used_gb": resident(),
-}))
-"""
+from moss_train.bench.data_loading.ten_million import SAMPLES, open_ten_million
 
 
-def rows(first: int, count: int) -> pa.RecordBatch:
-    """Samples of a JSON and a clip each, as `data index` writes them."""
-    numbers = np.arange(first, first + count)
-    keys = [f"part-{number // SHARD_SAMPLES:05d}/clip-{number:08d}" for number in numbers]
-    rng = np.random.default_rng(first)
-    members = ROWS.field("members").type.value_type
-    places = np.repeat(numbers % SHARD_SAMPLES * 4096, 2) + np.tile([512, 1536], count)
-    offsets = pa.array(np.arange(0, 2 * count + 1, 2), pa.int32())
-    member = pa.StructArray.from_arrays(
-        [
-            pa.array(np.tile(["json", "mp4"], count)),
-            pa.array(places),
-            pa.array(np.tile([900, 2500], count)),
-            pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), 2 * count, [None, pa.py_buffer(rng.bytes(32 * count))]),
-        ],
-        fields=list(members),
-    )
-    medium = ROWS.field("media").type.value_type
-    facts = {"member": "mp4", "fault": None, "container": "mp4", "codec": "h264", "duration_s": 30.0}
-    plain = {pa.int64(): 640, pa.float64(): 25.0, pa.bool_(): True}
-    media = pa.StructArray.from_arrays(
-        [
-            pa.nulls(count, entry.type)
-            if entry.name == "fault"
-            else pa.repeat(pa.scalar(facts.get(entry.name, plain.get(entry.type, "")), entry.type), count)
-            for entry in medium
-        ],
-        fields=list(medium),
-    )
-    return pa.RecordBatch.from_arrays(
-        [
-            pa.array(keys, pa.string()),
-            pa.array([key_hash(key) for key in keys], pa.uint64()),
-            pa.array(numbers // SHARD_SAMPLES, pa.int32()),
-            coded(np.full(count, KINDS.index("stream"), np.int8), KINDS),
-            coded(np.full(count, MODALITIES.index("video"), np.int8), MODALITIES),
-            pa.ListArray.from_arrays(offsets, member),
-            pa.ListArray.from_arrays(pa.array(np.arange(count + 1), pa.int32()), media),
-            pa.array(np.full(count, 100), pa.int32()),
-        ],
-        schema=ROWS,
-    )
+def test_many_samples_open_at_once(tmp_path):
+    opened = open_ten_million(tmp_path / "index", print, 40_000)
+    assert opened.samples == 40_000 and opened.modalities == [0, 0, 40_000]
+    assert opened.seconds < 2 and opened.resident_gb < 1
 
 
 @pytest.mark.slow
-def test_ten_million_samples_open_in_seconds_and_little_memory(tmp_path: Path):
-    shards = [
-        ShardFacts(f"shard-{number:06d}.tar", SHARD_SAMPLES * 4096, 0, "0" * 64, SHARD_SAMPLES)
-        for number in range(SAMPLES // SHARD_SAMPLES)
-    ]
-    numbers = np.arange(SAMPLES, dtype=np.int32) // SHARD_SAMPLES
-    kinds = np.full(SAMPLES, KINDS.index("stream"), np.int8)
-    modalities = np.full(SAMPLES, MODALITIES.index("video"), np.int8)
-    batches = (rows(first, min(BATCH_ROWS, SAMPLES - first)) for first in range(0, SAMPLES, BATCH_ROWS))
-    planning = planning_digest(numbers, kinds, modalities)
-    write_index(tmp_path / INDEX_NAME, shards, batches, IndexTotals({"stream": SAMPLES}), ["0"], planning)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    command = [sys.executable, "-c", OPEN, str(tmp_path / INDEX_NAME)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    figures = json.loads(done.stdout)
-    print("\n", figures, f"{(tmp_path / INDEX_NAME).stat().st_size / 1e9:.2f} GB")
-    assert figures["samples"] == SAMPLES and figures["modalities"] == [0, 0, SAMPLES]
-    assert figures["open_s"] < 5 and figures["resident_open_gb"][0] < 2
+def test_ten_million_samples_open_in_seconds_and_little_memory(tmp_path):
+    opened = open_ten_million(tmp_path / "index", print)
+    assert opened.samples == SAMPLES and opened.modalities == [0, 0, SAMPLES]
+    assert opened.seconds < 5 and opened.resident_gb < 2
     # Pages of the file that were looked into are resident too, until the system needs them; memory of its own is not.
-    assert figures["resident_used_gb"][1] < 1
+    assert opened.own_used_gb < 1
