@@ -45,7 +45,9 @@ def decoded(monkeypatch) -> list[int]:
     """The number of pictures of every decoding that begins."""
     counts: list[int] = []
     run, submit = frame_store.run_job, DecodePool.submit
-    monkeypatch.setattr(frame_store, "run_job", lambda job: counts.append(len(job.times_s)) or run(job))
+    monkeypatch.setattr(
+        frame_store, "run_job", lambda job, store=None: counts.append(len(job.times_s)) or run(job, store)
+    )
     monkeypatch.setattr(DecodePool, "submit", lambda pool, job: counts.append(len(job.times_s)) or submit(pool, job))
     return counts
 
