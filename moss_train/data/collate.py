@@ -120,6 +120,7 @@ def _join_frames(parts: list[torch.Tensor], image_size: int | None) -> torch.Ten
     """[N, 3, S, S] of all given frames in order."""
     with_frames = [part for part in parts if len(part)]
     if with_frames:
-        return torch.cat(with_frames)
+        # One clip alone is not copied: a batch's frames are read, never written.
+        return with_frames[0] if len(with_frames) == 1 else torch.cat(with_frames)
     size = image_size or (parts[0].shape[-1] if parts else 1)
     return torch.zeros((0, 3, size, size), dtype=torch.uint8)

@@ -5,6 +5,7 @@ over the job, reads the reply from a pipe (sleeping in the kernel meanwhile) and
 passes. The process's memory is bounded too.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ from moss_train.errors import ConfigError, DataError, SampleError
 START_TIMEOUT_S = 180.0
 #: seconds that closing waits for threads that may be fetching a shard
 _CLOSE_TIMEOUT_S = 5.0
+#: what is read at once while a line is expected; pictures that follow it in the same read are copied once more
+_LINE_BYTES = 1 << 16
+#: what a pipe may hold of the pictures that a process has decoded
+_PIPE_BYTES = 1 << 20
 
 
 class DecodeFailure(SampleError):
@@ -131,6 +136,7 @@ class _WorkerProcess:
             # A Ctrl-C at the terminal is for the training process, which then ends us by closing the pipe.
             start_new_session=True,
         )
+        _widen(self._process.stdout.fileno())
         self.usable = True
         self._unread = b""
         self._deadline = math.inf
@@ -182,7 +188,9 @@ class _WorkerProcess:
             raise _error_of(header, job.key)
         if "result" in header:
             return job.result(header["result"])
-        frames = np.frombuffer(self._read(math.prod(header["shape"])), np.uint8).reshape(header["shape"])
+        frames = np.empty(math.prod(header["shape"]), np.uint8)
+        self._read_into(memoryview(frames))
+        frames = frames.reshape(header["shape"])
         return DecodedArrays(frames, header["backend"], np.array(header["times_s"]), header["note"])
 
     def kill(self) -> None:
@@ -192,26 +200,33 @@ class _WorkerProcess:
 
     def _read_line(self) -> bytes:
         while b"\n" not in self._unread:
-            self._unread += self._read_some()
+            room = bytearray(_LINE_BYTES)
+            self._unread += room[: self._read_some(memoryview(room))]
         line, _, self._unread = self._unread.partition(b"\n")
         return line
 
-    def _read(self, count: int) -> bytearray:
-        data = bytearray(self._unread[:count])
-        self._unread = self._unread[count:]
-        while len(data) < count:
-            data += self._read_some(count - len(data))
-        return data
+    def _read_into(self, room: memoryview) -> None:
+        """Fill `room`: pictures go where they are to stay without a copy between."""
+        have = min(len(self._unread), len(room))
+        room[:have], self._unread = self._unread[:have], self._unread[have:]
+        while have < len(room):
+            have += self._read_some(room[have:])
 
-    def _read_some(self, most: int = 1 << 20) -> bytes:
+    def _read_some(self, room: memoryview) -> int:
         descriptor = self._process.stdout.fileno()
         left = self._deadline - time.monotonic()
         if left <= 0 or not select.select([descriptor], [], [], left)[0]:
             raise TimeoutError
-        data = os.read(descriptor, most)
-        if not data:
+        count = os.readv(descriptor, [room])
+        if not count:
             raise EOFError
-        return data
+        return count
+
+
+def _widen(descriptor: int) -> None:
+    """Let a pipe hold more, so that the two processes take turns less often. Not every system can."""
+    with suppress(AttributeError, OSError):
+        fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
 
 def _error_of(header: dict, key: str) -> Exception:
