@@ -15,11 +15,13 @@ import pytest
 from data_samples import numbered_clip, read_numbers
 from PIL import Image
 
+from moss_train.data.decoding import pool as pool_module
 from moss_train.data.decoding.decode import DecodeLimits
 from moss_train.data.decoding.describe import DescribeJob
 from moss_train.data.decoding.job import DecodeJob, digest_of, run_job
 from moss_train.data.decoding.pool import DecodeFailure, DecodePool
 from moss_train.data.decoding.probe import probe_media
+from moss_train.data.decoding.shared import SharedArrays
 from moss_train.errors import DataError, SampleError
 
 
@@ -122,9 +124,46 @@ def test_a_process_that_does_not_start_is_no_fault_of_the_sample(tmp_path: Path,
         pool.close()
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_pictures_are_mapped_where_that_is_possible_and_read_from_the_pipe_elsewhere(
+    tmp_path: Path, monkeypatch, shared
+):
+    def refused(*_: object) -> None:
+        raise PermissionError("no process may open another's memory")
+
+    mapped = []
+    original = pool_module.map_array
+    monkeypatch.setattr(pool_module, "map_array", lambda *a: mapped.append(a) or (original if shared else refused)(*a))
+    pool = DecodePool(1, 60)
+    try:
+        job = job_of(tmp_path / "a", numbered_clip(6, 4))
+        first, second = (pool.submit(job).result(60).frames for _ in range(2))
+        assert len(mapped) == (3 if shared else 1)  # once to see whether it can be done
+        assert np.array_equal(first, second) and np.array_equal(first, run_job(job).frames)
+        first[:] = 0  # each job has memory of its own, which its receiver may write
+        assert second.any()
+        descriptors = Path(f"/proc/{pool._processes[0]._process.pid}/fd")
+        assert sum("pictures" in os.readlink(path) for path in descriptors.iterdir()) == (1 if shared else 0)
+    finally:
+        pool.close()
+    assert second.any()  # the memory outlives the process that made it
+
+
+def test_shared_pictures_have_a_bound():
+    shared = SharedArrays(100)
+    with pytest.raises(MemoryError):
+        shared.empty((101,))
+    array = shared.empty((10, 10))
+    assert not array.any() and shared.descriptor(array) is not None and shared.descriptor(array.copy()) is None
+    shared.release()
+    assert shared.descriptor(array) is None
+
+
 @pytest.mark.parametrize("reply", ["{oops", "3", "[]", '{"backend": "x"}', '{"failed": "sample"}', '{"shape": "a"}'])
 def test_a_process_that_talks_nonsense_is_replaced(tmp_path: Path, monkeypatch, reply):
-    replace_worker(monkeypatch, f"print('ready', flush=True); input(); print({reply!r}, flush=True); input()")
+    replace_worker(
+        monkeypatch, f"print('{{\"ready\": null}}', flush=True); input(); print({reply!r}, flush=True); input()"
+    )
     pool = DecodePool(1, 60)
     try:
         with pytest.raises(SampleError, match="'bad': the worker process gave a reply"):

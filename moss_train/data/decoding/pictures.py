@@ -1,7 +1,7 @@
 """What every reader deals in: pictures at asked times, how they lie in their tiles, and the bounds on a request."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,13 +77,28 @@ def slack(times_s: np.ndarray | float) -> np.ndarray | float:
     return 1e-6 + 1.2e-7 * np.abs(times_s)
 
 
+def new_tiles(count: int, size: int) -> np.ndarray:
+    """uint8 [F, 3, S, S], to be filled."""
+    return _allocate((count, 3, size, size))
+
+
+def allocate_with(allocate: Callable[[tuple[int, ...]], np.ndarray]) -> None:
+    """Have every reader of this process put its tiles in arrays (uint8 of the given shape) that `allocate` makes."""
+    global _allocate
+    _allocate = allocate
+
+
+def _allocate(shape: tuple[int, ...]) -> np.ndarray:
+    return np.empty(shape, np.uint8)
+
+
 def tiled(pictures: np.ndarray, size: int | None) -> np.ndarray:
     """[F, h, w, 3] → [F, 3, S, S] with zeros right and below; [F, 3, h, w] when `size` is None."""
     pictures = pictures.transpose(0, 3, 1, 2)
     if size is None:
         return np.ascontiguousarray(pictures)
     height, width = pictures.shape[2:]
-    tile = np.empty((len(pictures), 3, size, size), np.uint8)
+    tile = new_tiles(len(pictures), size)
     tile[:, :, :height, :width] = pictures
     tile[:, :, height:] = 0
     tile[:, :, :height, width:] = 0

@@ -1,13 +1,12 @@
 """Worker processes that can be killed: decord cannot be interrupted, and a broken file may crash or hang it.
 
 Each process is owned by one thread of the process that started it. The thread has the job's shard made local, hands
-over the job, reads the reply from a pipe (sleeping in the kernel meanwhile) and kills the process when the deadline
-passes. The process's memory is bounded too.
+over the job, waits for the reply (asleep in the kernel), maps the pictures (`shared.py`) or reads them from the pipe,
+and kills the process when the deadline passes. The process's memory is bounded too.
 """
 
 import fcntl
 import json
-import math
 import os
 import queue
 import select
@@ -26,6 +25,7 @@ import numpy as np
 from moss_train.data.config import DataConfig
 from moss_train.data.decoding.decode import DecodedArrays
 from moss_train.data.decoding.job import Job, Shards
+from moss_train.data.decoding.shared import map_array
 from moss_train.errors import ConfigError, DataError, SampleError
 
 #: seconds a worker process may take to start (imports, on a crowded machine)
@@ -139,18 +139,20 @@ class _WorkerProcess:
         _widen(self._process.stdout.fileno())
         self.usable = True
         self._unread = b""
-        self._deadline = math.inf
+        self._shared = False
+        self._deadline: float | None = None  #: None: the process has not been heard of
 
     def do(self, job: Job, timeout_s: float) -> Any:
         """Run one job; raises SampleError, also when the process dies, misses the deadline or talks nonsense over it.
 
         Raises DataError when the process does not start, which is no fault of the sample.
         """
-        if self._deadline == math.inf:
+        if self._deadline is None:
             self._await_start()
         try:
             self._deadline = time.monotonic() + timeout_s
-            self._process.stdin.write(json.dumps({"kind": job.KIND, "job": job.to_json()}).encode() + b"\n")
+            entry = {"kind": job.KIND, "job": job.to_json(), "shared": self._shared}
+            self._process.stdin.write(json.dumps(entry).encode() + b"\n")
             self._process.stdin.flush()
             return self._read_reply(job)
         except TimeoutError as error:
@@ -178,9 +180,15 @@ class _WorkerProcess:
             raise DataError(
                 f"a worker process could not start (exit code {self._process.wait()}); its own message stands above"
             ) from error
-        if line != b"ready":
+        try:
+            descriptor = json.loads(line)["ready"]
+        except (ValueError, TypeError, KeyError) as error:
             self.usable = False
-            raise DataError(f"a worker process started with {line[:80]!r} instead of being ready")
+            raise DataError(f"a worker process started with {line[:80]!r} instead of being ready") from error
+        if descriptor is not None:
+            with suppress(OSError):  # where one process may not open another's memory, pictures go through the pipe
+                map_array(self._process.pid, descriptor, (1,))
+                self._shared = True
 
     def _read_reply(self, job: Job) -> Any:
         header = json.loads(self._read_line())
@@ -188,9 +196,14 @@ class _WorkerProcess:
             raise _error_of(header, job.key)
         if "result" in header:
             return job.result(header["result"])
-        frames = np.empty(math.prod(header["shape"]), np.uint8)
-        self._read_into(memoryview(frames))
-        frames = frames.reshape(header["shape"])
+        if "descriptor" in header:
+            try:
+                frames = map_array(self._process.pid, header["descriptor"], header["shape"])
+            except OSError as error:  # it has just died
+                raise ValueError("the pictures' memory is gone") from error
+        else:
+            frames = np.empty(header["shape"], np.uint8)
+            self._read_into(memoryview(frames.reshape(-1)))
         return DecodedArrays(frames, header["backend"], np.array(header["times_s"]), header["note"])
 
     def kill(self) -> None:

@@ -26,6 +26,7 @@ from moss_train.data.decoding.pictures import (
     fitted_size,
     frame_indices,
     in_order,
+    new_tiles,
     slack,
     tiled,
 )
@@ -65,7 +66,7 @@ class _Canvas:
         # One for all pictures: it keeps its tables, which are dear.
         self._reformatter = VideoReformatter()
         # Not zeroed as a whole: on fresh memory that costs as much as converting the pictures.
-        self._tiles = np.empty((count, 3, size, size), np.uint8) if size is not None else None
+        self._tiles = new_tiles(count, size) if size is not None else None
         self._native: dict[int, np.ndarray] = {}
 
     def draw(self, place: int, frame) -> None:

@@ -1,20 +1,24 @@
 """The worker process: `python -m moss_train.data.decoding.worker [memory_mb]`, started by `pool.py`.
 
-Protocol: `ready` and a newline once; then for each job one line of JSON on standard input (its kind and itself),
-answered by one line of JSON on standard output and, if that has `shape`, the pictures as raw uint8. The process ends
-with its input, so it never outlives the one that started it. It imports neither torch nor anything of the training
-process.
+Protocol: one line of JSON, `{"ready": descriptor of shared memory, or null}`; then for each job one line of JSON on
+standard input (its kind, itself, and whether the memory could be opened), answered by one line of JSON on standard
+output. If that has `shape`, the pictures are in the shared memory that `descriptor` stands for, or follow as raw uint8.
+The process ends with its input, so it never outlives the one that started it. It imports neither torch nor anything of
+the training process.
 """
 
 import importlib
 import json
 import os
 import sys
+from functools import partial
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from moss_train.data.decoding.decode import DecodedArrays
+from moss_train.data.decoding.pictures import allocate_with
+from moss_train.data.decoding.shared import SharedArrays
 from moss_train.errors import ConfigError, DataError, SampleError
 
 #: kind of a job → module and class, imported when the first one comes
@@ -26,10 +30,9 @@ JOBS = {
 }
 
 
-def answer(line: bytes) -> tuple[dict[str, Any], np.ndarray | None]:
-    """The reply to one job line: its header and, of decoded media, the pictures."""
+def answer(entry: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
+    """The reply to one job: its header and, of decoded media, the pictures."""
     try:
-        entry = json.loads(line)
         module, name = JOBS[entry["kind"]]
         done = getattr(importlib.import_module(module), name).from_json(entry["job"]).run()
         if not isinstance(done, DecodedArrays):
@@ -49,14 +52,22 @@ def answer(line: bytes) -> tuple[dict[str, Any], np.ndarray | None]:
         return {"failed": "data" if isinstance(error, DataError) else "config", "reason": str(error)}, None
 
 
-def serve(jobs: BinaryIO, replies: BinaryIO) -> None:
-    """Answer jobs until the input ends."""
-    replies.write(b"ready\n")
+def serve(jobs: BinaryIO, replies: BinaryIO, most_bytes: int | None = None) -> None:
+    """Answer jobs until the input ends. most_bytes: of the pictures of one job."""
+    shared = SharedArrays(most_bytes)
+    probe = shared.descriptor(shared.empty((1,))) if SharedArrays.possible() else None
+    replies.write(json.dumps({"ready": probe}).encode() + b"\n")
     replies.flush()
     for line in jobs:
-        header, frames = answer(line)
+        entry = json.loads(line)
+        shared.release()  # whoever asks has mapped what it was given before
+        allocate_with(shared.empty if entry["shared"] else partial(np.empty, dtype=np.uint8))
+        header, frames = answer(entry)
+        descriptor = shared.descriptor(frames) if frames is not None else None
+        if descriptor is not None:
+            header["descriptor"] = descriptor
         replies.write(json.dumps(header).encode() + b"\n")
-        if frames is not None:
+        if frames is not None and descriptor is None:
             replies.write(np.ascontiguousarray(frames).data)
         replies.flush()
 
@@ -71,13 +82,14 @@ def limit_memory(memory_mb: int) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        limit_memory(int(sys.argv[1]))
+    memory_mb = int(sys.argv[1]) if len(sys.argv) > 1 else None
+    if memory_mb is not None:
+        limit_memory(memory_mb)
     # Decoders may print; the reply channel must carry replies only.
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     try:
-        serve(sys.stdin.buffer, replies)
+        serve(sys.stdin.buffer, replies, None if memory_mb is None else memory_mb << 20)
     except BrokenPipeError:
         # The training process is gone. Closing must not raise the same again.
         os._exit(0)
