@@ -25,7 +25,7 @@ import numpy as np
 from moss_train.data.config import DataConfig
 from moss_train.data.decoding.decode import DecodedArrays
 from moss_train.data.decoding.job import Job, Shards
-from moss_train.data.decoding.shared import map_array
+from moss_train.data.decoding.shared import can_map, map_array
 from moss_train.errors import ConfigError, DataError, SampleError
 
 #: seconds a worker process may take to start (imports, on a crowded machine)
@@ -185,10 +185,8 @@ class _WorkerProcess:
         except (ValueError, TypeError, KeyError) as error:
             self.usable = False
             raise DataError(f"a worker process started with {line[:80]!r} instead of being ready") from error
-        if descriptor is not None:
-            with suppress(OSError):  # where one process may not open another's memory, pictures go through the pipe
-                map_array(self._process.pid, descriptor, (1,))
-                self._shared = True
+        # Where one process may not open another's memory, pictures go through the pipe.
+        self._shared = descriptor is not None and can_map(self._process.pid, descriptor)
 
     def _read_reply(self, job: Job) -> Any:
         header = json.loads(self._read_line())

@@ -55,7 +55,7 @@ def answer(entry: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
 def serve(jobs: BinaryIO, replies: BinaryIO, most_bytes: int | None = None) -> None:
     """Answer jobs until the input ends. most_bytes: of the pictures of one job."""
     shared = SharedArrays(most_bytes)
-    probe = shared.descriptor(shared.empty((1,))) if SharedArrays.possible() else None
+    probe = shared.descriptor(shared.shared((1,))) if hasattr(os, "memfd_create") else None
     replies.write(json.dumps({"ready": probe}).encode() + b"\n")
     replies.flush()
     for line in jobs:
@@ -70,6 +70,7 @@ def serve(jobs: BinaryIO, replies: BinaryIO, most_bytes: int | None = None) -> N
         if frames is not None and descriptor is None:
             replies.write(np.ascontiguousarray(frames).data)
         replies.flush()
+        del frames  # or they would be held while the next are decoded
 
 
 def limit_memory(memory_mb: int) -> None:
