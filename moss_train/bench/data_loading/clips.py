@@ -52,6 +52,24 @@ def encode_clip(spec: ClipSpec) -> bytes:
     return out.getvalue()
 
 
+def repeated(clip: bytes, times: int) -> bytes:
+    """The clip `times` over, as a clip: its packets again, later."""
+    import av
+
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as muxer, av.open(io.BytesIO(clip)) as whole:
+        stream = muxer.add_stream_from_template(whole.streams.video[0])
+        length = whole.streams.video[0].duration
+        for number in range(times):
+            with av.open(io.BytesIO(clip)) as again:
+                for packet in again.demux(video=0):
+                    if packet.size:
+                        packet.pts, packet.dts = packet.pts + number * length, packet.dts + number * length
+                        packet.stream = stream
+                        muxer.mux(packet)
+    return out.getvalue()
+
+
 def pictures(spec: ClipSpec) -> Iterator[np.ndarray]:
     """uint8 [height, width, 3], one after the other; a new scene every 12 to 40 seconds."""
     rng = np.random.default_rng(spec.seed)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moss_train.bench.data_loading.clips import ClipSpec, encode_clip, still_picture
+from moss_train.bench.data_loading.clips import ClipSpec, encode_clip, repeated, still_picture
 from moss_train.data.decoding.probe import probe_media
 from moss_train.data.shards.pack import pack
 from moss_train.streams.compiler import compile_sample
@@ -24,7 +24,7 @@ from moss_train.streams.schema import parse_sample
 from moss_train.streams.tokenizer import load_tokenizer
 
 #: raised when the same sizes begin to give other sources
-VERSION = 1
+VERSION = 2
 SHARES = {"text": 0.11, "image": 0.29, "video": 0.60}
 MEDIAN_S, SIGMA, LEAST_S, MOST_S = 30.0, 0.7, 6.0, 256.0
 _WORDS = (
@@ -72,7 +72,7 @@ class CaseSources:
 class Sizes:
     """How much of everything; `quick` is for tests, where no ratio means anything."""
 
-    sparse: tuple[float, int] = (150.0, 15)  #: seconds of the clip and its pictures
+    sparse: tuple[float, int, int] = (150.0, 4, 64)  #: seconds of a clip, how often it is repeated, pictures asked for
     short: tuple[int, float] = (6, 8.0)  #: clips, seconds
     dense: tuple[int, float, float] = (2, 10.0, 8.0)  #: clips, seconds, pictures a second
     transcoded: tuple[int, float] = (2, 12.0)  #: clips, seconds
@@ -87,7 +87,7 @@ class Sizes:
 
 
 QUICK = Sizes(
-    sparse=(12.0, 2),
+    sparse=(12.0, 2, 3),
     short=(1, 2.0),
     dense=(1, 2.0, 4.0),
     transcoded=(1, 4.0),
@@ -175,7 +175,9 @@ def _video(clips: _Clips, key: str, spec: ClipSpec, **sampling: float) -> Staged
 
 
 def _sparse(clips: _Clips, sizes: Sizes) -> list[Staged]:
-    return [_video(clips, "sparse0", clips.sparse, fps=1.0, max_frames=sizes.sparse[1])]
+    _, times, frames = sizes.sparse
+    sample = _caption("sparse0", "video", "mp4", fps=1.0, max_frames=frames)
+    return [Staged("sparse0", sample, {"mp4": repeated(clips.read(clips.sparse), times)})]
 
 
 def _short(clips: _Clips, sizes: Sizes) -> list[Staged]:
