@@ -16,7 +16,7 @@ import pytest
 
 from moss_train.data.decoding import pyav_reader
 from moss_train.data.decoding.bitstream import Bitstream
-from moss_train.data.decoding.decode import choose_reader, decode_arrays
+from moss_train.data.decoding.decode import SMALL_CLIP_PIXELS, choose_reader, decode_arrays
 from moss_train.data.decoding.probe import DEMUXERS, probe_media, sniff_container
 from moss_train.errors import ConfigError
 
@@ -133,12 +133,12 @@ def assert_exact(data: bytes, seed: str, trials: int = 8) -> None:
     draw = random.Random(seed)
     for _ in range(trials):
         asked = [draw.choice(times) + draw.choice((0.0, 0.0011)) for _ in range(draw.choice((1, 1, 2, 3, 5, 30)))]
-        decoded = decode_arrays(data, asked, None, facts=facts)
+        decoded = decode_arrays(data, asked, None, "pyav", facts=facts)
         numbers = [bisect.bisect_right(times, time + 1e-6) - 1 for time in asked]
         for place, number in enumerate(numbers):
             assert np.array_equal(decoded.frames[place], shown[number]), (asked[place], number)
         np.testing.assert_allclose(decoded.times_s, [times[number] for number in numbers], atol=2e-3)
-    everything = decode_arrays(data, times, None, facts=facts)
+    everything = decode_arrays(data, times, None, "pyav", facts=facts)
     assert np.array_equal(everything.frames, np.stack(shown))
 
 
@@ -209,7 +209,10 @@ def test_noise_is_never_spare(codec: str):
 
 def test_reader_is_a_function_of_setting_and_facts():
     facts = probe_media(file_of("h264"))
-    assert choose_reader("auto", facts, [0.0]) == choose_reader("pyav", facts, [0.0]) == "pyav"
+    large = replace(facts, frame_count=1 + SMALL_CLIP_PIXELS // (facts.width * facts.height))
+    assert choose_reader("auto", large, [0.0]) == choose_reader("pyav", facts, [0.0]) == "pyav"
+    assert choose_reader("auto", replace(large, frame_count=large.frame_count - 1), [0.0]) == "decord"
+    assert choose_reader("auto", replace(facts, gops_closed=False), [0.0]) == "pyav"
     assert choose_reader("decord", facts, [0.0]) == "decord"
     assert choose_reader("torchcodec", facts, [0.0]) == "torchcodec"
     for wrong in ({"gops_closed": False}, {"container": "mpegts"}, {"by_packets": False, "pts_ok": False}):

@@ -9,8 +9,10 @@ It returns wrong pictures without a word
 * when a picture is damaged: it is concealed, and nothing tells.
 """
 
+import importlib.util
 import io
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
@@ -28,6 +30,12 @@ from moss_train.errors import ConfigError
 
 #: decord needs 30 s of retries on transport streams before it gives up, so it never sees other containers.
 CONTAINERS = ("mp4", "avi", "matroska")
+
+
+@cache
+def has_decord() -> bool:
+    """Whether decord is installed: there is no wheel of it for aarch64."""
+    return importlib.util.find_spec("decord") is not None
 
 
 def why_not_decord(facts: MediaProbe) -> str:
