@@ -18,7 +18,8 @@ from moss_train.bench.data_loading.loaders import ENERGON, OURS, RUNS, WEBDATASE
 from moss_train.bench.data_loading.measure import RunFigures, delivered, largest_difference, run_case
 from moss_train.bench.data_loading.planning import data_wait, make_blend, plan_figures
 from moss_train.bench.data_loading.sources import CASES, QUICK, CaseSources, Sizes, make_cases, startup_case
-from moss_train.cli import main as command_line
+from moss_train.cli_options import parse_options
+from moss_train.data.shards.pack import PackOptions, pack_command
 from moss_train.errors import ConfigError, DataError
 
 REALTIME = "realtime"
@@ -204,9 +205,7 @@ def _wanted_cases(folder: Path, options: DataOptions, say: Callable[[str], None]
         # A keyframe every 8 pictures, two pictures a second: what training at that rate needs.
         how = ("transcode.fps=2", f"transcode.size={options.size}", "transcode.keyframe_gap=8", "transcode.codec=h264")
         with contextlib.redirect_stdout(sys.stderr):
-            code = command_line(["data", "pack", f"source={source}", f"out={out}", *how])
-        if code:
-            raise DataError(f"transcoding {source} ended with exit code {code}")
+            pack_command(parse_options(PackOptions, [f"source={source}", f"out={out}", *how]))
 
     began = time.monotonic()
     cases = make_cases(folder, QUICK if options.quick else Sizes(), names, transcode, say)

@@ -42,11 +42,13 @@ class _Stratum:
     per_epoch: float = 0.0  #: units of one epoch, before `max_epochs` and rounding
 
     def count(self, epoch: int) -> int:
-        """Units of that epoch."""
-        count = self.per_epoch
-        if self.max_epochs is not None:
-            count = min(count, max(0.0, self.max_epochs * len(self.units) - epoch * self.per_epoch))
-        return math.floor(count + 1e-9)
+        """Units of that epoch. What one epoch cannot give of a fraction of a unit, a later one does."""
+        return self._until(epoch + 1) - self._until(epoch)
+
+    def _until(self, epoch: int) -> int:
+        """Units of all epochs before."""
+        most = math.inf if self.max_epochs is None else self.max_epochs * len(self.units)
+        return math.floor(min(epoch * self.per_epoch, most) + 1e-9)
 
 
 class Blend:
@@ -69,7 +71,7 @@ class Blend:
         self._shuffle = data.shuffle
         self._window = data.shuffle_window_shards
         self._strata = _strata(self.sources, data)
-        #: everything the sequence of global batches and their rows depends on
+        #: everything the sequence of global batches depends on
         self.order_settings: dict[str, Any] = {
             "version": ORDER_VERSION,
             "seed": seed,
@@ -130,14 +132,26 @@ class Blend:
             steps += math.ceil((epochs - whole) * self.steps_per_epoch(whole) - 1e-9)
         return max(1, steps)
 
+    def epochs_of(self, steps: int) -> float:
+        """Passes over the blend that so many steps are. Raises DataError when the sources cannot give as many steps."""
+        if all(stratum.max_epochs is None for stratum in self._strata):
+            return steps / self.steps_per_epoch(0)
+        left, epoch = steps, 0
+        while True:
+            try:
+                size = self.steps_per_epoch(epoch)
+            except DataError as error:
+                raise DataError(
+                    f"{steps} steps are asked for, and data.sources.*.max_epochs allows {steps - left}: raise it, add "
+                    "sources, or train fewer steps"
+                ) from error
+            if left <= size:
+                return epoch + left / size
+            left, epoch = left - size, epoch + 1
+
     def after(self, epoch: int, step: int) -> tuple[int, int]:
         """The step that follows."""
         return (epoch, step + 1) if step + 1 < self.steps_per_epoch(epoch) else (epoch + 1, 0)
-
-    @property
-    def wrapped_samples(self) -> int:
-        """Entries of the first epoch's last batch that repeat its first ones."""
-        return self.steps_per_epoch(0) * self.batch_size - self.epoch_size(0)
 
     def global_batch(self, epoch: int, step: int) -> np.ndarray:
         """int64 [global_batch_size, 2]: the entries of one global batch."""
@@ -146,6 +160,7 @@ class Blend:
     def epoch_order(self, epoch: int) -> np.ndarray:
         """int32 [n, 2]: the entries of an epoch, in order."""
         if epoch not in self._epochs:
+            self.epoch_size(epoch)  # raises when there is nothing left
             # The loader looks one epoch ahead while it serves another.
             self._epochs = {old: order for old, order in self._epochs.items() if abs(old - epoch) <= 1}
             self._epochs[epoch] = self._plan(epoch)

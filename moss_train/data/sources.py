@@ -32,6 +32,7 @@ class SourceFigures:
     mean_tokens: float  #: text tokens of a usable unit
     mean_frames: float
     weight: float
+    max_epochs: float | None  #: passes over it after which later epochs do without it
     epoch_samples: int  #: units of the first epoch
     share: float  #: of its units
     token_share: float  #: of its text tokens, and
@@ -80,6 +81,7 @@ class OpenBlend:
                 mean_tokens=means[number][0],
                 mean_frames=means[number][1],
                 weight=source.weight,
+                max_epochs=source.max_epochs,
                 epoch_samples=epoch[number],
                 share=float(shares[number, 0]),
                 token_share=float(shares[number, 1]),
@@ -127,9 +129,10 @@ def _blend_source(corpus: Corpus, lengths: Lengths, data: DataConfig, name: str)
     usable = np.flatnonzero((lengths.tokens <= data.pack_text_tokens) & (lengths.frames <= data.pack_frames))
     if len(lengths.samples) and not len(usable):
         raise DataError(
-            f"all {len(lengths.samples)} of source {corpus.name!r} are longer than a row (shortest: "
-            f"{lengths.tokens.min()} tokens, {lengths.frames.min()} frames): raise "
-            f"data.pack_text_tokens={data.pack_text_tokens} or data.pack_frames={data.pack_frames}"
+            f"all {len(lengths.samples)} samples of source {corpus.name!r} are longer than a row: they have at least "
+            f"{lengths.tokens.min()} tokens (data.pack_text_tokens={data.pack_text_tokens}) and {lengths.frames.min()} "
+            f"frames (data.pack_frames={data.pack_frames}): raise the budget that is too small"
+            + ("" if data.over_budget == "split" else ", or set data.over_budget=split")
         )
     samples = lengths.samples[usable]
     return BlendSource(

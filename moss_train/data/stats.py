@@ -29,6 +29,9 @@ _BAR = 14  #: characters of the longest bar
 _PANEL = 43  #: characters of a histogram, and the gap to the next
 
 
+_INK, _MUTED, _GRID, _BAR_COLOUR = "#1c2530", "#66727f", "#e6eaee", "#2f6fde"
+
+
 @dataclass
 class StatsOptions:
     """Options of `data stats`."""
@@ -275,8 +278,6 @@ def draw(lengths: Sequence[KindLengths], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from moss_train.report.palette import GRID, INK, MUTED, SLOT_COLOURS
-
     figure, axes = plt.subplots(len(lengths), 3, figsize=(11, 2.4 * len(lengths)), squeeze=False, layout="constrained")
     for row, part in zip(axes, lengths, strict=True):
         for axis, (title, values) in zip(
@@ -285,18 +286,18 @@ def draw(lengths: Sequence[KindLengths], path: Path) -> None:
             strict=True,
         ):
             axis.set_axisbelow(True)
-            axis.grid(axis="y", color=GRID)
+            axis.grid(axis="y", color=_GRID)
             axis.spines[["top", "right", "left"]].set_visible(False)
-            axis.tick_params(colors=MUTED, length=0, labelsize=8)
-            axis.set_title(title, loc="left", fontsize=9, color=INK)
+            axis.tick_params(colors=_MUTED, length=0, labelsize=8)
+            axis.set_title(title, loc="left", fontsize=9, color=_INK)
             if len(values):
                 edges = bins_of(values)
-                axis.hist(np.minimum(values, edges[-1] - 1e-9), edges, color=SLOT_COLOURS["speak"][0], rwidth=0.9)
+                axis.hist(np.minimum(values, edges[-1] - 1e-9), edges, color=_BAR_COLOUR, rwidth=0.9)
             else:
-                axis.text(0.5, 0.5, "none", transform=axis.transAxes, ha="center", color=MUTED)
+                axis.text(0.5, 0.5, "none", transform=axis.transAxes, ha="center", color=_MUTED)
                 axis.set_xticks([])
                 axis.set_yticks([])
-        row[0].set_ylabel(f"{part.source}\n{part.kind}", fontsize=9, color=INK)
+        row[0].set_ylabel(f"{part.source}\n{part.kind}", fontsize=9, color=_INK)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -40,7 +40,7 @@ class StagePlan:
     directory: Path  #: `<output_dir>/<stage>`
     origin: Origin | None  #: weights to start from; None: random, or the stage before in this run
     steps: int
-    steps_per_epoch: int
+    epochs: float  #: passes over the blend
     epoch_samples: int  #: of the first epoch; a part of a split sample counts as one
     sources: dict[str, SourceFigures]  #: what the blend takes from each source
     trained_parameters: int
@@ -129,13 +129,14 @@ def _plan_stage(
             progress=groups.state().is_main,
         )
     )
+    steps = _steps(name, stage, opened.blend)
     plan = StagePlan(
         name=name,
         config=stage,
         directory=Path(run.output_dir) / name,
         origin=origin,
-        steps=_steps(name, stage, opened.blend),
-        steps_per_epoch=opened.blend.steps_per_epoch(0),
+        steps=steps,
+        epochs=opened.blend.epochs_of(steps),
         epoch_samples=opened.blend.epoch_size(0),
         sources=opened.figures(),
         trained_parameters=sum(sizes[parameter] for parameter in trained),

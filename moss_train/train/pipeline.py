@@ -84,7 +84,7 @@ def describe(run: RunConfig, plans: list[StagePlan]) -> str:
         done = latest(plan.checkpoints)
         lines.append(
             f"  {plan.name}: {plan.steps} steps × {stage.data.global_batch_size} streams "
-            f"= {plan.steps / plan.steps_per_epoch:.2f} epochs of {plan.epoch_samples:,} samples; "
+            f"= {plan.epochs:.2f} epochs of {plan.epoch_samples:,} samples; "
             f"trains {stage.trainable} ({plan.trained_parameters:,}); lr {stage.optim.lr:g} "
             f"{stage.optim.schedule}; from {start}" + (f"; goes on from {done.name}" if done else "")
         )
@@ -97,7 +97,8 @@ def _describe_source(name: str, source: SourceFigures) -> list[str]:
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in source.kinds.items())
     hours = f"; {source.video_hours:,.1f} h of video" if source.video_hours >= 0.05 else ""
     lines = [
-        f"{name}: {kinds}{hours}; {source.epoch_samples:,} an epoch ({source.passes:.2f} passes)",
+        f"{name}: {kinds}{hours}; {source.epoch_samples:,} an epoch ({source.passes:.2f} passes"
+        + (")" if source.max_epochs is None else f", at most {source.max_epochs:g} in the stage)"),
         f"  {source.share:.0%} of the streams, {source.token_share:.0%} of the text, {source.frame_share:.0%} of the "
         f"frames; mean {source.mean_tokens:,.0f} tokens, {source.mean_frames:,.1f} frames",
     ]

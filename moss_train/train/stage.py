@@ -164,8 +164,8 @@ def run_stage(
 def _losses(counters: dict[str, int], plan: StagePlan) -> str:
     masked = counters["masked"]
     return (
-        f"{masked} of {masked + counters['streams']} streams were masked: {counters['quarantined']} samples are "
-        f"quarantined, see {_ledger(plan)}"
+        f"{masked} of {masked + counters['streams']} streams were masked; samples in quarantine: "
+        f"{counters['quarantined']}, see {_ledger(plan)}"
     )
 
 

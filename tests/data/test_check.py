@@ -29,7 +29,8 @@ def test_a_sound_source_has_no_problems(tmp_path: Path, capsys):
     printed = capsys.readouterr().out
     lines = [line.split() for line in printed.splitlines()]
     assert (
-        lines.count(["samples", "3"]) == 3 == lines.count(["problems", "0"]) and ["decoded", "by", "decord", "3"] in lines
+        lines.count(["samples", "3"]) == 3 == lines.count(["problems", "0"])
+        and ["decoded", "by", "decord", "3"] in lines
     )
     (folder / INDEX_NAME).unlink()
     problems = check_source(CheckOptions(str(folder), workers=1)).problems

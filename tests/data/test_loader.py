@@ -328,8 +328,18 @@ def test_streams_over_budget_are_left_out_and_counted(tmp_path: Path):
         assert loader.summary()["main"].over_budget == 1 and loader.counters()["quarantined"] == 0
     for budget in ({"pack_text_tokens": 5}, {"pack_frames": 2}):
         ((name, value),) = budget.items()
-        with pytest.raises(DataError, match=f"all 5 of source 'main' are longer than a row.*{name}={value}"):
+        with pytest.raises(DataError, match=f"all 5 samples of source 'main' are longer than a row.*{name}={value}"):
             loader_of(tmp_path / "out", **budget)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_are_used_up_are_delivered_to_their_end(folder: Path, workers: int):
+    source = SourceConfig(path=str(folder), max_epochs=1.0)
+    data = DataConfig(sources={"main": source}, global_batch_size=6, workers=workers, prefetch=3)
+    with build_loader(data, CompilerConfig(), TOKENIZER, 64, 0) as loader:
+        assert len([next(loader) for _ in range(4)]) == loader.steps_per_epoch(0)
+        with pytest.raises(DataError, match="max_epochs"):
+            next(loader)
 
 
 def test_streams_over_budget_can_be_split(tmp_path: Path):

@@ -45,7 +45,6 @@ def test_batches_of_an_epoch_hold_every_sample_once_and_wrap(first, second, seed
     flat = [tuple(entry) for batch in batches for entry in batch.tolist()]
     assert len(set(flat[:total])) == total
     assert flat[total:] == (flat[:total] * batch_size)[: len(flat) - total]
-    assert made[0].wrapped_samples == len(flat) - total
     # Another object, asked in another sequence, gives the same batches.
     again = [made[1].global_batch(epoch, step) for step in reversed(range(steps))]
     assert all(np.array_equal(first, second) for first, second in zip(again, batches[::-1], strict=True))
@@ -57,7 +56,8 @@ def test_weights_repeat_and_draw_samples(count: int, weight: float, epoch: int):
     other = source("other", [5])
     made = blend([source("a", [count], weight), other], global_batch_size=1)
     times = Counter(number for which, number in map(tuple, made.epoch_order(epoch).tolist()) if which == 0)
-    assert sum(times.values()) == int(weight * count + 1e-9)
+    # A fraction of a sample that one epoch does not hold comes in a later one.
+    assert sum(times.values()) == int((epoch + 1) * weight * count + 1e-9) - int(epoch * weight * count + 1e-9)
     assert set(times.values()) <= {int(weight), int(weight) + 1}
     assert len(made.epoch_order(epoch)) == sum(times.values()) + 5
 
@@ -182,9 +182,19 @@ def test_caps_hold_an_epoch_and_a_whole_run():
     assert [made.steps_per_epoch(epoch) for epoch in range(4)] == [7, 7, 5, 3]
     assert (made.steps_of(2.0), made.steps_of(2.5), made.steps_of(0.01)) == (14, 17, 1)
     assert made.after(1, 6) == (2, 0) and made.after(2, 3) == (2, 4)
-    alone = blend([source("b", [40], max_epochs=1)], global_batch_size=10)
-    with pytest.raises(DataError, match="epoch 1 of the blend holds no sample.*max_epochs"):
-        alone.steps_per_epoch(1)
+    assert (made.epochs_of(14), made.epochs_of(17), made.epochs_of(22)) == (2.0, 2.6, 4.0)
+    alone = blend([source("b", [40], max_epochs=1.25)], global_batch_size=10)
+    assert alone.epochs_of(5) == 2.0
+    for ask in (alone.steps_per_epoch, alone.epoch_order, lambda epoch: alone.global_batch(epoch, 0)):
+        with pytest.raises(DataError, match="epoch 2 of the blend holds no sample.*max_epochs"):
+            ask(2)
+    with pytest.raises(DataError, match="6 steps are asked for, and data.sources.*max_epochs allows 5"):
+        alone.epochs_of(6)
+
+
+def test_a_small_weight_gives_its_samples_over_the_epochs():
+    made = blend([source("a", [40], weight=0.04), source("b", [10])], global_batch_size=5)
+    assert [made.source_size(0, epoch) for epoch in range(5)] == [1, 2, 1, 2, 2]
 
 
 def test_shares_of_modalities_hold_whatever_source_they_come_from():

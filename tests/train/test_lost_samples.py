@@ -59,7 +59,7 @@ def test_a_bad_clip_is_told_of_once(small, damaged, tmp_path, capsys):
     assert len(ledger.read_text().splitlines()) == 2
     shown = capsys.readouterr().out
     assert "realtime: 12 stream" in shown and "11 an epoch" in shown and "1 do not compile, left out" in shown
-    assert f"realtime: {masked:.0f} of 24 streams were masked: 2 samples are quarantined, see {ledger}" in shown
+    assert f"realtime: {masked:.0f} of 24 streams were masked; samples in quarantine: 2, see {ledger}" in shown
 
 
 def test_a_budget_of_none_stops_the_run(small, damaged, tmp_path):

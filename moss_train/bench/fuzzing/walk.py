@@ -11,17 +11,20 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from moss_train.bench.fuzzing.cases import Case, healthy_sample
 from moss_train.bench.fuzzing.tars import Entry, tar_of
-from moss_train.cli import main as command_line
+from moss_train.cli_options import parse_options
 from moss_train.data.config import DataConfig, SourceConfig
 from moss_train.data.loader import build_loader
+from moss_train.data.shards.check import CheckOptions, check_command
+from moss_train.data.shards.index_command import IndexOptions, index_command
 from moss_train.errors import MossTrainError
 from moss_train.streams.config import CompilerConfig, TokenizerConfig
 from moss_train.streams.tokenizer import load_tokenizer
@@ -144,7 +147,7 @@ def _travel(sources: dict[str, Path], report_path: Path, log_path: Path, bounds:
     try:
         for name, path in sources.items():
             enter(f"index {name}")
-            code, printed = _call(["data", "index", f"path={path}"])
+            code, printed = _call(index_command, IndexOptions, [f"path={path}"])
             if code:
                 report.refused[name] = printed
                 if name == BATCH:
@@ -156,17 +159,22 @@ def _travel(sources: dict[str, Path], report_path: Path, log_path: Path, bounds:
             report.stopped = f"{type(error).__name__} in the loader: {error}"
         for name, path in sources.items():
             enter(f"check {name}")
-            _, report.checked[name] = _call(["data", "check", f"path={path}", "decode=all", "show=1000000"])
+            _, report.checked[name] = _call(check_command, CheckOptions, [f"path={path}", "decode=all", "show=1000000"])
     except BaseException:
         report.traceback = traceback.format_exc()
     enter("done" if not report.traceback else report.phase)
     os._exit(0)  # nothing of the parent's is to be cleaned up here
 
 
-def _call(arguments: list[str]) -> tuple[int, str]:
+def _call(command: Callable[[Any], int], options: type, arguments: list[str]) -> tuple[int, str]:
     """Exit code and output of a verb, as its user would see them."""
     with io.StringIO() as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        return command_line(arguments), out.getvalue()
+        try:
+            code = command(parse_options(options, arguments))
+        except MossTrainError as error:
+            print(f"error: {error}")
+            code = 2
+        return code, out.getvalue()
 
 
 def _one_epoch(sources: dict[str, Path], report: Report, bounds: Bounds) -> None:

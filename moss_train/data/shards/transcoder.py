@@ -7,6 +7,7 @@ rewritten, in a folder beside the packed source that is removed when that stands
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -157,8 +158,10 @@ class Transcoder:
 
     def clean_up(self) -> None:
         """Remove the new clips, also those of runs with other settings: the packed source stands."""
-        for folder in self._out.parent.glob(f"{self._out.name}.transcoded-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        ours = re.compile(rf"{re.escape(self._out.name)}\.transcoded-[0-9a-f]{{12}}")
+        for folder in self._out.parent.iterdir():
+            if ours.fullmatch(folder.name):
+                shutil.rmtree(folder)
 
     def _outcomes(self, clips: Iterator[Clip]) -> Iterator[tuple[Clip, ClipFigures | SampleError]]:
         """Each clip with its figures, or the reason why there are none, in order."""
