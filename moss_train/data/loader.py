@@ -206,9 +206,10 @@ class Loader:
         try:
             prepared = self._preparer.take(*self._next)
             faults += prepared.faults
-        except MossTrainError as caught:
+        except Exception as caught:  # whatever it is: the other ranks would wait for this one
             error = caught
-        told = self._agree([fault.to_json() for fault in faults] + ([{"error": str(error)}] if error else []))
+        reason = str(error) if isinstance(error, MossTrainError) else f"{type(error).__name__}: {error}"
+        told = self._agree([fault.to_json() for fault in faults] + ([{"error": reason}] if error else []))
         if error is not None:
             raise error
         assert prepared is not None

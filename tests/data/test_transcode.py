@@ -125,7 +125,7 @@ def test_the_same_picture_at_every_moment(name: str, codec: str):
     new, figures = transcode_clip(old, "k", config)
     before, after = probe_media(old), probe_media(new)
     times = moments(before, 4.0)
-    shown = [decode_arrays(clip, times, SIZE) for clip in (old, new)]
+    shown = [decode_arrays(clip, times, SIZE, "pyav") for clip in (old, new)]
     np.testing.assert_allclose(shown[0].times_s, shown[1].times_s, rtol=0, atol=1e-9)
     # The whole tile, whose right and lower parts must stay black, and the picture alone.
     width, height = fitted_size(before.width, before.height, SIZE)
@@ -170,7 +170,7 @@ def test_offline_sampling_shows_the_same_pictures(name: str):
         for clip in clips:
             facts = probe_media(clip)
             info = MediaInfo(facts.duration_s, facts.frame_rate, facts.frame_count)
-            stamps.append(decode_arrays(clip, offline_frame_times(info, fps, 1, 256), SIZE).times_s)
+            stamps.append(decode_arrays(clip, offline_frame_times(info, fps, 1, 256), SIZE, "pyav").times_s)
         count = len(stamps[0]) - 1
         assert count <= len(stamps[1]) <= count + 1
         np.testing.assert_allclose(stamps[0][:count], stamps[1][:count], rtol=0, atol=1e-6)
@@ -391,7 +391,7 @@ def test_real_clips(name: str):
     old = (shared_folder() / "real_data" / "videos" / name).read_bytes()
     new, figures = transcode_clip(old, name, TranscodeConfig(fps=2.0))
     times = moments(probe_media(old), 2.0)
-    before, after = (decode_arrays(clip, times, 448) for clip in (old, new))
+    before, after = (decode_arrays(clip, times, 448, "pyav") for clip in (old, new))
     np.testing.assert_allclose(before.times_s, after.times_s, rtol=0, atol=1e-9)
     assert figures.worst_psnr_db > 36 and figures.bytes_after < figures.bytes_before
     assert min(psnr(one, other) for one, other in zip(before.frames, after.frames, strict=True)) > 36

@@ -46,6 +46,10 @@ class DecodeFailure(SampleError):
         self.exception = exception
 
 
+class ProcessDied(SampleError):
+    """The process that worked on a sample is gone."""
+
+
 class DecodePool:
     """`workers` worker processes, started when the first job comes."""
 
@@ -84,6 +88,8 @@ class DecodePool:
             self._store.prefetch(job.shard, job.shard_size)
         future: Future[Any] = Future()
         self._jobs.put((job, future))
+        if self._closing and all(not thread.is_alive() for thread in self._threads):
+            future.cancel()  # nobody is left to do it
         return future
 
     def close(self) -> None:
@@ -98,6 +104,10 @@ class DecodePool:
             process.kill()
         for thread in self._threads:
             thread.join(None if self._store is None else _CLOSE_TIMEOUT_S)
+        # What another thread has submitted meanwhile would never be done.
+        while not self._jobs.empty():
+            if (task := self._jobs.get()) is not None:
+                task[1].cancel()
 
     def _serve(self, number: int) -> None:
         while (task := self._jobs.get()) is not None:
@@ -110,15 +120,29 @@ class DecodePool:
             try:
                 store = self._store
                 with nullcontext(job.shard) if store is None else store.held(job.shard, job.shard_size) as path:
-                    if number not in self._processes:
-                        self._processes[number] = _WorkerProcess(self._memory_mb)
-                    future.set_result(self._processes[number].do(replace(job, shard=str(path)), self._timeout_s))
+                    future.set_result(self._do(number, replace(job, shard=str(path))))
             except BaseException as error:  # whatever it is belongs to whoever waits for the result
                 if number in self._processes and not self._processes[number].usable:
-                    self._processes.pop(number).kill()
+                    self._processes.pop(number).end()
                 future.set_exception(error)
         if number in self._processes:
-            self._processes.pop(number).kill()
+            self._processes.pop(number).end()
+
+    def _do(self, number: int, job: Job) -> Any:
+        """The job's result. A process that dies over it may have been ended by others (for memory, by somebody), so it
+        is tried once more in a new one."""
+        for last in (False, True):
+            if number not in self._processes:
+                self._processes[number] = _WorkerProcess(self._memory_mb)
+            if self._closing:
+                self._processes[number].kill()
+            try:
+                return self._processes[number].do(job, self._timeout_s)
+            except ProcessDied:
+                self._processes.pop(number).end()
+                if last or self._closing:
+                    raise
+        raise AssertionError("unreachable")
 
 
 class _WorkerProcess:
@@ -161,7 +185,7 @@ class _WorkerProcess:
         except (EOFError, BrokenPipeError) as error:
             self.usable = False
             code = self._process.wait()
-            raise SampleError(job.key, f"the process died over {job.WHAT} (exit code {code})") from error
+            raise ProcessDied(job.key, f"the process died over {job.WHAT} (exit code {code})") from error
         except (ValueError, TypeError, KeyError) as error:
             # Nobody knows where the next reply would begin.
             self.usable = False
@@ -208,6 +232,13 @@ class _WorkerProcess:
         self.usable = False
         self._process.kill()
         self._process.wait()
+
+    def end(self) -> None:
+        """Kill it and close the pipes; for the thread that reads from them."""
+        self.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(OSError):  # what was to be written is of no use any more
+                pipe.close()
 
     def _read_line(self) -> bytes:
         while b"\n" not in self._unread:

@@ -46,8 +46,9 @@ class CheckOptions:
     """Folder or URL of shards; need not have been packed by us, and may lack an index."""
     ledger: str | None = None
     """A quarantine ledger: only the samples that it lists are checked, and it is said which of them are fine now."""
-    decode: str = "ends"
-    """`none`; `ends`: the first, middle and last picture of every medium; `all`: every picture that training shows."""
+    decode: str | None = None
+    """`none`; `ends`: the first, middle and last picture of every medium; `all`: every picture that training shows.
+    Null: `all` of what a ledger lists, else `ends`."""
     show: int = 20
     """Problems to list; all are counted."""
     workers: int = 0
@@ -62,7 +63,7 @@ class CheckOptions:
     """Frame rate and limits under which the samples are compiled."""
 
     def validate(self) -> None:
-        if self.decode not in DECODE_MODES:
+        if self.decode not in (None, *DECODE_MODES):
             raise ConfigError(f"decode={self.decode!r} is not one of {', '.join(DECODE_MODES)}")
         if self.workers < 0:
             raise ConfigError(f"workers={self.workers} must not be negative")
@@ -70,8 +71,10 @@ class CheckOptions:
         self.compiler.validate()
 
     def data(self) -> DataConfig:
-        """The settings of decoding."""
-        return DataConfig(decode_timeout_s=self.decode_timeout_s, decode_memory_mb=self.decode_memory_mb)
+        """The settings of decoding: by the reader that reports damaged pictures."""
+        return DataConfig(
+            decoder="pyav", decode_timeout_s=self.decode_timeout_s, decode_memory_mb=self.decode_memory_mb
+        )
 
 
 @dataclass(frozen=True)
@@ -143,26 +146,30 @@ def check_source(options: CheckOptions, progress: bool = False) -> CheckResult:
         pool = stack.enter_context(closing(DecodePool.of(data, workers, store)))
         numbers: Iterable[int] = range(len(index))
         if listed is not None:
-            numbers = [number for key in listed if (number := _find(index, key)) is not None]
-            result.totals["listed samples"] = len(listed)
+            own = {key: reason for key, (fingerprint, reason) in listed.items() if fingerprint == index.fingerprint}
+            if len(own) < len(listed):
+                result.totals["listed of other data"] = len(listed) - len(own)
+            numbers = [number for key in own if (number := _find(index, key)) is not None]
+            result.totals["listed samples"] = len(own)
         else:
             result.totals["shards"] = len(index.shards)
         result.totals["samples"] = len(numbers)
-        for checked in _checked(corpus, progress_bar(numbers, f"checking {name}", progress), options.decode, pool):
+        decode = options.decode or ("ends" if listed is None else "all")
+        for checked in _checked(corpus, progress_bar(numbers, f"checking {name}", progress), decode, pool):
             checked.report(result)
         if listed is not None:
             bad = {problem.key for problem in result.problems}
-            result.fine = {key: listed[key] for key in index.keys(list(numbers)) if key not in bad}
+            result.fine = {key: own[key] for key in index.keys(list(numbers)) if key not in bad}
     return result
 
 
-def _read_ledger(path: Path) -> dict[str, str]:
-    """key → reason of what a ledger lists. Raises DataError when it cannot be read."""
+def _read_ledger(path: Path) -> dict[str, tuple[str, str]]:
+    """key → fingerprint of the source and reason, of what a ledger lists. Raises DataError when it cannot be read."""
     listed = {}
     try:
         for line in path.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
-            listed[str(entry["key"])] = str(entry["reason"])
+            listed[str(entry["key"])] = str(entry["fingerprint"]), str(entry["reason"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"ledger={path} cannot be read as a quarantine ledger ({error})") from error
     return listed

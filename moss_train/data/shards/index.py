@@ -283,6 +283,7 @@ def _check_fresh(folder: Path, shards: Sequence[ShardFacts], remedy: str) -> Non
             )
         if now.st_mtime_ns != shard.mtime_ns and contents_of_shard(path) != shard.digest:
             raise DataError(f"{path} is not the file that was indexed (checksum): if the new one is right, {remedy}")
-    unknown = sorted({path.name for path in folder.glob("*.tar")} - {shard.name for shard in shards})
+    known = {(folder / shard.name).resolve() for shard in shards if not is_remote(shard.name)}
+    unknown = sorted(path for path in folder.glob("*.tar") if path.resolve() not in known)
     if unknown:
-        raise DataError(f"{folder / unknown[0]} is not in the index: {remedy}")
+        raise DataError(f"{unknown[0]} is not in the index: {remedy}")

@@ -1,10 +1,13 @@
 """Output folders that appear complete or not at all, and take the place of an older one only when they are whole."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 from moss_train.errors import DataError
 
@@ -30,6 +33,7 @@ def check_target(out: Path, marker: str, verb: str, overwrite: bool, state: str 
 def staged_folder(out: Path) -> Iterator[Path]:
     """An empty folder beside `out` that becomes `out` when the block ends, and is removed when the block raises."""
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    _remove_abandoned(out)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -37,6 +41,15 @@ def staged_folder(out: Path) -> Iterator[Path]:
         _put_in_place(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove what processes of this machine that were killed have left of the same folder."""
+    left = re.compile(rf"{re.escape(out.name)}\.(\d+)\.partial")
+    for folder in out.parent.iterdir() if out.parent.is_dir() else ():
+        found = left.fullmatch(folder.name)
+        if found and not psutil.pid_exists(int(found[1])):
+            shutil.rmtree(folder)
 
 
 def _put_in_place(partial: Path, out: Path) -> None:

@@ -159,7 +159,7 @@ class ShardStore:
             return read_range(path, offset, size)
 
     def prefetch(self, location: str, size: int | None = None) -> None:
-        """Begin to fetch in the background; a failure is raised by the `local` that wants the file."""
+        """Begin to fetch in the background; the `local` that wants the file tries again what failed."""
         if not is_remote(location) or self._closed.is_set():
             return
         with self._lock:
@@ -192,20 +192,19 @@ class ShardStore:
             try:
                 self._fetch(location, size)
                 future.set_result(None)
-            except Exception as error:  # kept for `local`
+            except Exception as error:  # for the `local` that waits
                 future.set_exception(error)
                 continue
             with self._lock:
                 self._pending.pop(location, None)
 
     def _await_fetch(self, location: str, size: int | None) -> None:
-        """Fetch, unless the background has begun to: then wait for that, and raise what became of it."""
+        """Fetch, unless the background is at it: then wait for that. What failed there, perhaps long ago, is tried
+        again."""
         with self._lock:
             future = self._pending.pop(location, None)
-        if future is None or future.cancel():
+        if future is None or future.cancel() or future.exception() is not None:
             self._fetch(location, size)
-        else:
-            future.result()
 
     def _fetch(self, location: str, size: int | None) -> None:
         """Bring the file into the cache, with as many tries as are granted."""
