@@ -122,11 +122,6 @@ class Corpus:
         """One part of the stream of a sample, as `compile_all`."""
         return self.compile_all(number, budget, rng)[part]
 
-    def content_key(self, number: int, media_id: str) -> bytes:
-        """The digest of a medium: equal media of different samples have the same."""
-        entry = self.entry(number)
-        return entry.members[self._member_of(number, entry, media_id)].digest
-
     def frames(self, number: int, requests: Sequence[FrameRequest]) -> "torch.Tensor":
         """uint8 RGB [F, 3, S, S]: the asked pictures, decoded here and now."""
         work = self.decode_jobs(number, requests)
@@ -136,14 +131,8 @@ class Corpus:
         """uint8 RGB [F, 3, S, S]: every picture of a sample's stream."""
         return self.frames(number, self.compile(number).frames)
 
-    def decode_jobs(
-        self, number: int, requests: Sequence[FrameRequest], all_requests: Sequence[FrameRequest] | None = None
-    ) -> list[tuple[DecodeJob, list[int]]]:
-        """One job per medium that is asked for, with the places of its pictures among the requests.
-
-        `all_requests` are those of the whole stream where `requests` are a share of them: the reader is chosen by
-        them, so that it does not depend on the share.
-        """
+    def decode_jobs(self, number: int, requests: Sequence[FrameRequest]) -> list[tuple[DecodeJob, list[int]]]:
+        """One job per medium that is asked for, with the places of its pictures among the requests."""
         places_of: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
             places_of.setdefault(request.media_id, []).append(place)
@@ -154,20 +143,10 @@ class Corpus:
         for media_id, places in places_of.items():
             name = self._member_of(number, entry, media_id)
             times = tuple(float(requests[place].time_s) for place in places)
-            whole = times
-            if all_requests is not None:
-                whole = tuple(float(request.time_s) for request in all_requests if request.media_id == media_id)
-            work.append((self._job(entry, media_id, name, times, whole), places))
+            work.append((self._job(entry, media_id, name, times), places))
         return work
 
-    def _job(
-        self,
-        entry: IndexedSample,
-        media_id: str,
-        name: str,
-        times_s: tuple[float, ...],
-        whole_times_s: tuple[float, ...],
-    ) -> DecodeJob:
+    def _job(self, entry: IndexedSample, media_id: str, name: str, times_s: tuple[float, ...]) -> DecodeJob:
         member, facts = entry.members[name], _facts(entry, media_id, name)
         return DecodeJob(
             key=entry.key,
@@ -177,7 +156,7 @@ class Corpus:
             digest=member.digest,
             times_s=times_s,
             image_size=self._image_size,
-            decoder=choose_reader(self._decoder, facts, whole_times_s),
+            decoder=choose_reader(self._decoder, facts),
             facts=facts,
             limits=self._limits,
             shard_size=self.index.shards[entry.shard].size,

@@ -1,9 +1,9 @@
 """Decoded frames, once per clip and request: a bounded cache in the training process, decoder processes for the rest.
 
     store = FrameStore(pool, cache_mb)                  # pool None: decodes in this process, when a result is asked for
-    pending = store.request_all([FrameWant(corpus, number, requests, all_requests), …])   # those of one step, together
+    pending = store.request_all([FrameWant(corpus, number, requests), …])   # those of one step, together
     frames = pending[0].result()                        # uint8 [F, 3, S, S]; waits; raises SampleError
-    store.request(corpus, number, requests, all_requests).result()                        # one alone
+    store.request(corpus, number, requests).result()                        # one alone
     store.close()
 
 Clips are known by their content (the digest of their bytes), so equal clips of different samples are decoded once.
@@ -37,13 +37,11 @@ _CacheKey = tuple[_Clip, tuple[float, ...]]
 
 @dataclass(frozen=True)
 class FrameWant:
-    """Frames of one sample. `all_requests` are those of its whole stream where `requests` are a share of them: the
-    reader is chosen by them, so that a frame's pixels do not depend on which share it lies in."""
+    """Frames of one sample."""
 
     corpus: Corpus
     number: int
     requests: Sequence[FrameRequest]
-    all_requests: Sequence[FrameRequest] | None = None
 
 
 class PendingFrames:
@@ -91,15 +89,9 @@ class FrameStore:
         # A decoding that nobody waits for any more is forgotten with its last owner.
         self._under_way: WeakValueDictionary[_CacheKey, _Part] = WeakValueDictionary()
 
-    def request(
-        self,
-        corpus: Corpus,
-        number: int,
-        requests: Sequence[FrameRequest],
-        all_requests: Sequence[FrameRequest] | None = None,
-    ) -> PendingFrames:
+    def request(self, corpus: Corpus, number: int, requests: Sequence[FrameRequest]) -> PendingFrames:
         """The frames of one sample; decoding begins at once when there are decoder processes."""
-        return self.request_all([FrameWant(corpus, number, requests, all_requests)])[0]
+        return self.request_all([FrameWant(corpus, number, requests)])[0]
 
     def request_all(self, wants: Sequence[FrameWant]) -> list[PendingFrames]:
         """The frames of several samples, in their order, with one pass over each clip. Raises no SampleError: the
@@ -107,7 +99,7 @@ class FrameStore:
         pending, passes = [], {}
         for want in wants:
             try:
-                work = want.corpus.decode_jobs(want.number, want.requests, want.all_requests)
+                work = want.corpus.decode_jobs(want.number, want.requests)
             except SampleError as error:
                 pending.append(PendingFrames(want.corpus, error.key, [], [], error))
                 continue

@@ -181,9 +181,8 @@ class Preparer:
         wanted = {s: part for s, part in plan.own_frames(self._place.share).items() if s in begun.streams}
         wants = []
         for stream, part in wanted.items():
-            requests = begun.streams[stream].frames
-            own = requests[part.start : part.stop]
-            wants.append(FrameWant(corpora[plan.sources[stream]], plan.samples[stream], own, requests))
+            own = begun.streams[stream].frames[part.start : part.stop]
+            wants.append(FrameWant(corpora[plan.sources[stream]], plan.samples[stream], own))
         begun.frames = dict(zip(wanted, self.frames.request_all(wants), strict=True))
         return begun
 

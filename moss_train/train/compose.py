@@ -132,6 +132,8 @@ def _line(key: str, text: str | None) -> str:
         if get_origin(type_at(RunConfig, parent)) is dict:
             below = parts[count:]
             return f"++{parent}=" + "".join(f"{{{part}:" for part in below) + value + "}" * len(below)
+    if get_origin(type_at(RunConfig, key)) is dict and key.count(".") > (1 if parts[0] == "stages" else 0):
+        return f"++{key}={value}"
     return f"{key}={value}"
 
 
@@ -151,6 +153,9 @@ def _explain(error: Exception) -> str:
     found = re.search(r"Could not override 'stages\.(\w+)", text)
     if found:
         return f"this recipe has no stage {found[1]!r}"
+    missing = re.search(r"\+\+stages\.(\w+).*not a subclass of StageConfig", f"{text} {error.__cause__}", re.DOTALL)
+    if missing:
+        return f"this recipe has no stage {missing[1]!r}"
     cause = error.__cause__
     lines = [first_line(error).removeprefix("Error merging override ")]
     if isinstance(error, OverrideParseException):

@@ -210,15 +210,15 @@ def test_noise_is_never_spare(codec: str):
 def test_reader_is_a_function_of_setting_and_facts():
     facts = probe_media(file_of("h264"))
     large = replace(facts, frame_count=1 + SMALL_CLIP_PIXELS // (facts.width * facts.height))
-    assert choose_reader("auto", large, [0.0]) == choose_reader("pyav", facts, [0.0]) == "pyav"
-    assert choose_reader("auto", replace(large, frame_count=large.frame_count - 1), [0.0]) == "decord"
-    assert choose_reader("auto", replace(facts, gops_closed=False), [0.0]) == "pyav"
-    assert choose_reader("decord", facts, [0.0]) == "decord"
-    assert choose_reader("torchcodec", facts, [0.0]) == "torchcodec"
+    assert choose_reader("auto", large) == choose_reader("pyav", facts) == "pyav"
+    assert choose_reader("auto", replace(large, frame_count=large.frame_count - 1)) == "decord"
+    assert choose_reader("auto", replace(facts, gops_closed=False)) == "pyav"
+    assert choose_reader("decord", facts) == "decord"
+    assert choose_reader("torchcodec", facts) == "torchcodec"
     for wrong in ({"gops_closed": False}, {"container": "mpegts"}, {"by_packets": False, "pts_ok": False}):
-        assert choose_reader("decord", replace(facts, **wrong), [0.0]) == "pyav"
-        assert choose_reader("torchcodec", replace(facts, **wrong), [0.0]) == "pyav"
-    assert choose_reader("decord", replace(facts, container="image"), [0.0]) == "pillow"
+        assert choose_reader("decord", replace(facts, **wrong)) == "pyav"
+        assert choose_reader("torchcodec", replace(facts, **wrong)) == "pyav"
+    assert choose_reader("decord", replace(facts, container="image")) == "pillow"
 
 
 def test_torchcodec_reads_the_same_pictures_or_says_what_is_missing():

@@ -55,13 +55,14 @@ class DecodedFrames:
     note: str = ""  #: why the asked reader was passed over, if it was
 
 
-def choose_reader(decoder: str, facts: MediaProbe, times_s: Sequence[float]) -> str:
-    """Which reader decodes the asked pictures of a medium: "pillow", "pyav", "decord" or "torchcodec".
+def choose_reader(decoder: str, facts: MediaProbe) -> str:
+    """Which reader decodes a medium: "pillow", "pyav", "decord" or "torchcodec".
 
-    A pure function of the setting, the index's facts and the whole request, so that every process that decodes a part
-    of the request takes the same one. "auto" is decord where it is known to be right and the whole clip is decoded in a
-    moment, and PyAV elsewhere: it decodes only what asked pictures need, which on every larger file measured cost less,
-    half as much where few are asked of a long clip. No reader gets files on which it is known to be wrong.
+    It follows from the setting and the index's facts, so that every process that decodes a part of the frames takes the
+    same one (where decord is installed on all of them or on none). "auto" is decord where it is known to be right and
+    the whole clip is decoded in a moment, and PyAV elsewhere: it decodes only what asked pictures need, which on every
+    larger file measured cost less, half as much where few are asked of a long clip. No reader gets files on which it is
+    known to be wrong.
     """
     if facts.container == "image":
         return "pillow"
@@ -117,7 +118,7 @@ def decode_arrays(
     facts = facts or probe_media(data, key, limits.max_pixels)
     if facts.duration_s > limits.max_seconds:
         raise SampleError(key, f"a video of {facts.duration_s:g} s is over the limit of {limits.max_seconds:g} s")
-    reader, note = choose_reader(decoder, facts, times_s), _why_not(decoder, facts)
+    reader, note = choose_reader(decoder, facts), _why_not(decoder, facts)
     if reader != "pyav":
         try:
             return _READERS[reader](data, times_s, size, key, facts, limits)
