@@ -62,8 +62,8 @@ class PackOptions:
 def pack_command(options: PackOptions) -> int:
     """Pack a staging folder, or pack shards anew; prints what was written and what was left out.
 
-    With `transcode.fps=…` the clips are rewritten, so that decoding them costs a fraction. Stopped midway, the same
-    command goes on where it was.
+    With `transcode.fps=…` the clips are rewritten, so that decoding them costs a fraction; stopped while it
+    does that, the same command goes on where it was.
     """
     transcode = options.transcode if options.transcode.fps is not None else None
     workers = options.workers or os.cpu_count() or 1
