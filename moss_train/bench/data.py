@@ -104,7 +104,11 @@ def data_command(options: DataOptions) -> int:
         say("planning: lengths of real-time training, batches delivered in tiny tiles")
         samples, batch, ranks = (64, 32, 2) if options.quick else (1024, 256, 8)
         planned = plan_figures(make_blend(folder, samples), batch, ranks, samples, max(5, repeats))
-        say(f"  {planned}")
+        say(
+            f"  padding {planned.text_padding:.1%} of text and {planned.frame_padding:.1%} of frames "
+            f"({planned.text_padding_8_rows:.1%}, {planned.frame_padding_8_rows:.1%} with eight rows a microbatch); "
+            f"imbalance {planned.imbalance:.3f}; {planned.plan_ms:.2f} ms to plan {planned.largest_batch} streams"
+        )
         figures |= {"text_padding": planned.text_padding, "frame_padding": planned.frame_padding}
         figures["text_padding.8_rows"] = planned.text_padding_8_rows
         figures["frame_padding.8_rows"] = planned.frame_padding_8_rows
