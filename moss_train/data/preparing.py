@@ -193,16 +193,18 @@ class Preparer:
             return cached
         corpus = self._opened.corpora[source]
         rng = augmentation_rng(self._opened.blend.seed, plan.epoch, key) if self._augmented else None
-        compiled = corpus.compile(number, part, rng, self._opened.budget)
-        if (len(compiled.ids), len(compiled.frames)) != (plan.tokens[stream], plan.frames[stream]):
+        parts = corpus.compile_all(number, self._opened.budget, rng)
+        lengths = [(len(one.ids), len(one.frames)) for one in parts]
+        if part >= len(parts) or lengths[part] != (plan.tokens[stream], plan.frames[stream]):
             raise DataError(
-                f"source {corpus.name!r}: sample {key!r} has {len(compiled.ids)} tokens and {len(compiled.frames)} "
-                f"frames, its table of lengths says {plan.tokens[stream]} and {plan.frames[stream]}: it was made by "
-                "another version; remove the lengths-*.arrow of the source to have it measured again"
+                f"source {corpus.name!r}: sample {key!r} has parts of {lengths} tokens and frames, its table of lengths "
+                f"says {plan.tokens[stream]} and {plan.frames[stream]} of part {part}: it was made by another version; "
+                "remove the lengths-*.arrow of the source to have it measured again"
             )
         if not self._augmented:
-            self._compiled.put((source, number, part), compiled)
-        return compiled
+            for place, one in enumerate(parts):
+                self._compiled.put((source, number, place), one)
+        return parts[part]
 
     def _fetch_ahead(self, position: Position) -> None:
         """Have the shards of the steps from `position` on fetched in the background, where they are remote."""
@@ -277,6 +279,8 @@ class _CompiledCache:
         return found[0]
 
     def put(self, place: tuple[int, int, int], stream: CompiledStream) -> None:
+        if place in self._streams:
+            return
         # Measured: an array's header takes about 110 bytes, a request or a slot with its texts about 200.
         size = 1000 + 17 * len(stream.ids) * 2 + 200 * (len(stream.frames) + len(stream.slots))
         self._streams[place] = (stream, size)
