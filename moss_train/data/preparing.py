@@ -198,8 +198,8 @@ class Preparer:
         if part >= len(parts) or lengths[part] != (plan.tokens[stream], plan.frames[stream]):
             raise DataError(
                 f"source {corpus.name!r}: sample {key!r} has parts of {lengths} tokens and frames, its table of "
-                f"lengths says {plan.tokens[stream]} and {plan.frames[stream]} of part {part}: it was made by another version; "
-                "remove the lengths-*.arrow of the source to have it measured again"
+                f"lengths says {plan.tokens[stream]} and {plan.frames[stream]} of part {part}: it was made by another "
+                "version; remove the lengths-*.arrow of the source to have it measured again"
             )
         if not self._augmented:
             for place, one in enumerate(parts):
