@@ -28,7 +28,7 @@ class FuzzOptions:
     """Inputs are a function of this seed and of their number."""
     case: str | None = None
     """`seed:number` of a line that was printed, to run that input alone."""
-    out: str = "fuzz_failures"
+    out: str = "outputs/fuzz_failures"
     """Folder for inputs that fail, with what was printed over them; made when there is one."""
     real: str | None = None
     """Folder of clips that are mutated beside the small ones that are made for it."""

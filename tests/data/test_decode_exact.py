@@ -213,6 +213,7 @@ def test_reader_is_a_function_of_setting_and_facts():
     assert choose_reader("auto", large) == choose_reader("pyav", facts) == "pyav"
     assert choose_reader("auto", replace(large, frame_count=large.frame_count - 1)) == "decord"
     assert choose_reader("auto", replace(facts, gops_closed=False)) == "pyav"
+    assert choose_reader("auto", replace(facts, container="avi")) == "pyav"
     assert choose_reader("decord", facts) == "decord"
     assert choose_reader("torchcodec", facts) == "torchcodec"
     for wrong in ({"gops_closed": False}, {"container": "mpegts"}, {"by_packets": False, "pts_ok": False}):

@@ -68,7 +68,8 @@ def choose_reader(decoder: str, facts: MediaProbe) -> str:
         return "pillow"
     if decoder == "auto":
         small = facts.frame_count * facts.width * facts.height <= SMALL_CLIP_PIXELS
-        decoder = "decord" if small and has_decord() else "pyav"
+        # On damaged AVI decord takes its process with it.
+        decoder = "decord" if small and facts.container != "avi" and has_decord() else "pyav"
     return decoder if decoder in _READERS and not _GUARDS[decoder](facts) else "pyav"
 
 
