@@ -14,6 +14,7 @@ from moss_train.bench.data_loading.measure import RunFigures
 from moss_train.cli_options import parse_options
 from moss_train.errors import ConfigError, DataError
 
+pytest.importorskip("av")  # before decord, see `data.decoding.decord_reader`
 pytest.importorskip("decord")
 pytest.importorskip("megatron.energon")
 

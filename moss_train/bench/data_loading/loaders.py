@@ -98,6 +98,7 @@ class _Decode:
 
 def decord_frames(data: bytes, asked: Asked, size: int) -> torch.Tensor:
     """uint8 [F, 3, S, S]."""
+    import av  # noqa: F401 (before decord, see `data.decoding.decord_reader`)
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)

@@ -12,6 +12,7 @@ It returns wrong pictures without a word
 import importlib.util
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 
 import numpy as np
@@ -54,6 +55,9 @@ def read_decord(
 ) -> DecodedArrays:
     """The pictures on screen at `times_s`; raises Suspicious, ConfigError without decord, and whatever decord raises
     (RuntimeError, DECORDError and AssertionError alike)."""
+    # Loaded first, decord's libraries take the place of some of PyAV's: its VP8 and VP9 encoders then fail to start.
+    with suppress(ImportError):
+        import av  # noqa: F401
     try:
         import decord
     except ImportError as error:
