@@ -239,6 +239,7 @@ def _obey(order: _Order, connection: Connection) -> None:
             world_size=order.ranks,
             timeout=timedelta(seconds=order.timeout_s),
         )
+        dist.barrier()  # a rank with little to do would be gone before a slow one has connected to it
         result = order.function(order.rank, order.ranks, *order.arguments)
         groups.shutdown()
         if dist.is_initialized():
