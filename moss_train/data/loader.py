@@ -118,11 +118,6 @@ class Loader:
         self._closed = True
         self._preparer.close()
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Names of the blend's sources, by their number."""
-        return tuple(corpus.name for corpus in self._opened.corpora)
-
     def steps_per_epoch(self, epoch: int = 0) -> int:
         """Global batches of an epoch; its last one is completed with the epoch's first samples."""
         return self._blend.steps_per_epoch(epoch)

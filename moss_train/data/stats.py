@@ -12,7 +12,7 @@ import numpy as np
 from moss_train.data.config import OVER_BUDGET, CostConfig, DataConfig, SourceConfig
 from moss_train.data.corpus import Corpus
 from moss_train.data.decoding.probe import MediaProbe
-from moss_train.data.packing import Deal, RowLimits, padding_of, stream_costs
+from moss_train.data.packing import Deal, RowLimits, padding_of
 from moss_train.data.shards.index_rows import KINDS
 from moss_train.data.shards.lengths import Lengths
 from moss_train.data.sources import OpenBlend, open_blend
@@ -153,9 +153,7 @@ def packing_figures(opened: OpenBlend, options: StatsOptions) -> PackingFigures:
         sums += [padding.tokens, padding.token_places, padding.frames, padding.frame_places]
         rows += sum(len(microbatch) for own in plan for microbatch in own)
         streams += len(tokens)
-        costs = stream_costs(options.cost, tokens, frames)
-        loads = [sum(costs[s] for microbatch in own for row in microbatch for s in row) for own in plan]
-        imbalances.append(max(loads) * options.ranks / (sum(loads) or 1.0))
+        imbalances.append(deal.imbalance)
     return PackingFigures(
         steps=steps,
         streams_a_row=streams / max(1, rows),

@@ -131,18 +131,20 @@ class DecodePool:
     def _do(self, number: int, job: Job) -> Any:
         """The job's result. A process that dies over it may have been ended by others (for memory, by somebody), so it
         is tried once more in a new one."""
-        for last in (False, True):
-            if number not in self._processes:
-                self._processes[number] = _WorkerProcess(self._memory_mb)
+        try:
+            return self._process(number).do(job, self._timeout_s)
+        except ProcessDied:
+            self._processes.pop(number).end()
             if self._closing:
-                self._processes[number].kill()
-            try:
-                return self._processes[number].do(job, self._timeout_s)
-            except ProcessDied:
-                self._processes.pop(number).end()
-                if last or self._closing:
-                    raise
-        raise AssertionError("unreachable")
+                raise
+        return self._process(number).do(job, self._timeout_s)
+
+    def _process(self, number: int) -> "_WorkerProcess":
+        if number not in self._processes:
+            self._processes[number] = _WorkerProcess(self._memory_mb)
+        if self._closing:  # `close` may have looked before it was there
+            self._processes[number].kill()
+        return self._processes[number]
 
 
 class _WorkerProcess:
