@@ -93,14 +93,12 @@ def collate(
 
 
 def padding_of_batches(batches: Sequence[Batch]) -> tuple[float, float]:
-    """Share of all text places, and of all frame places, of microbatches that no stream fills; 0 where there is none.
-    Microbatches of padding alone, which keep ranks in step, do not count."""
+    """Share of all places for text, and of all places for frames, that no stream fills; 0 where there is none."""
     held = np.zeros(4)
     for batch in batches:
-        real = int((batch.segments_RT >= 0).sum())
-        if real:
-            counts = batch.frame_counts_R
-            held += [real, batch.segments_RT.numel(), int(counts.sum()), int(counts.max()) * batch.rows]
+        segments_RT, places_RF = batch.segments_RT, batch.frame_positions_RF
+        frames = int(batch.frame_counts_R.sum())
+        held += [int((segments_RT >= 0).sum()), segments_RT.numel(), frames, places_RF.numel()]
     tokens, token_places, frames, frame_places = held.tolist()
     return (1 - tokens / token_places if token_places else 0.0), (1 - frames / frame_places if frame_places else 0.0)
 

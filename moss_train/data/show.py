@@ -34,10 +34,11 @@ class ShowOptions:
     """Picture to write; `-` prints the same as text."""
     part: int = 0
     """Which part, where the stream is longer than a row."""
-    max_tokens: int | None = None
-    """Text tokens of a row, to see how a long stream is cut (`data.pack_text_tokens` of the recipe); null: not cut."""
-    max_frames: int | None = None
-    """Frames of a row, likewise (`data.pack_frames`)."""
+    pack_text_tokens: int | None = None
+    """With `pack_frames`: the budget of a row, to see how it cuts a long stream (`data.over_budget=split`); null: whole
+    streams."""
+    pack_frames: int | None = None
+    """See `pack_text_tokens`."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """The recipe's tokenizer."""
     compiler: CompilerConfig = field(default_factory=CompilerConfig)
@@ -46,17 +47,12 @@ class ShowOptions:
     def validate(self) -> None:
         if self.out != "-" and not self.out.endswith(".png"):
             raise ConfigError(f"out={self.out} must end in .png, or be - for text")
-        for name in ("max_tokens", "max_frames"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} must be at least 1")
+        self.budget()
         self.tokenizer.validate()
         self.compiler.validate()
 
     def budget(self) -> RowBudget | None:
-        if self.max_tokens is None and self.max_frames is None:
-            return None
-        return RowBudget(self.max_tokens or 2**31, self.max_frames or 2**31)
+        return RowBudget.of(self.pack_text_tokens, self.pack_frames)
 
 
 def show_command(options: ShowOptions) -> int:

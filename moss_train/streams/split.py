@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moss_train.errors import SampleError
+from moss_train.errors import ConfigError, SampleError
 from moss_train.streams.compiled import CompiledStream
 from moss_train.streams.compiler import check_known, compile_sample
 from moss_train.streams.config import CompilerConfig
@@ -42,6 +42,19 @@ class RowBudget:
 
     max_tokens: int  #: text tokens, anchors included
     max_frames: int
+
+    @staticmethod
+    def of(pack_text_tokens: int | None, pack_frames: int | None) -> "RowBudget | None":
+        """The budget that the options of a verb name; None when they name none. Raises ConfigError for half of one, and
+        for one that holds nothing."""
+        if pack_text_tokens is None and pack_frames is None:
+            return None
+        if pack_text_tokens is None or pack_frames is None:
+            raise ConfigError("pack_text_tokens and pack_frames are one budget: give both or neither")
+        for name, value in (("pack_text_tokens", pack_text_tokens), ("pack_frames", pack_frames)):
+            if value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
+        return RowBudget(pack_text_tokens, pack_frames)
 
 
 def compile_parts(

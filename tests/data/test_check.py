@@ -19,7 +19,8 @@ from data_samples import (
 
 from moss_train.data.shards.check import CheckOptions, check_command, check_source
 from moss_train.data.shards.index import INDEX_NAME, load_index
-from moss_train.errors import DataError
+from moss_train.errors import ConfigError, DataError
+from moss_train.streams.config import CompilerConfig
 
 
 def test_a_sound_source_has_no_problems(tmp_path: Path, capsys):
@@ -133,6 +134,18 @@ def test_what_is_quarantined_is_tested_again(tmp_path: Path, capsys):
     ledger.write_text("not a ledger\n")
     with pytest.raises(DataError, match="quarantine.jsonl cannot be read"):
         check_source(CheckOptions(str(out), str(ledger), workers=1))
+
+
+def test_long_streams_are_no_problem_where_they_are_split(tmp_path: Path):
+    stage(tmp_path / "in", "long", stream_json("long", 12, text="red " * 20), mp4=numbered_clip(12))
+    split_pack(tmp_path / "in", tmp_path / "out", 2)
+    settings = {"path": str(tmp_path / "out"), "workers": 1, "compiler": CompilerConfig(max_frames=8)}
+    (problem,) = check_source(CheckOptions(**settings)).problems
+    assert problem.key == "long" and "12 frames" in problem.what and "max_frames=8" in problem.what
+    split = check_source(CheckOptions(**settings, decode="all", pack_text_tokens=120, pack_frames=8))
+    assert split.problems == [] and split.totals["frames"] == 12 and split.totals["text tokens"] > 60
+    with pytest.raises(ConfigError, match="one budget"):
+        CheckOptions(str(tmp_path), pack_frames=8).validate()
 
 
 def test_the_command_line_reaches_it(tmp_path: Path, capsys):

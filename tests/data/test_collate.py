@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moss_train.data.collate import collate
+from moss_train.data.collate import collate, padding_of_batches
 from moss_train.streams.compiled import IGNORED_LABEL, CompiledStream, FrameRequest
 
 
@@ -26,6 +26,24 @@ def random_stream(draw: np.random.Generator, key: str, tokens: int, frames: int,
         frames=tuple(FrameRequest("v0", float(n)) for n in range(frames)),
         sinks=sinks,
     )
+
+
+def test_padding_is_what_no_stream_fills():
+    draw = np.random.default_rng(0)
+
+    def row_of(*lengths: tuple[int, int]):
+        return [
+            (random_stream(draw, "s", tokens, frames), torch.zeros((frames, 3, 4, 4), dtype=torch.uint8))
+            for tokens, frames in lengths
+        ]
+
+    full = collate([row_of((3, 1), (5, 1))], 4)
+    ragged = collate([row_of((8, 4)), row_of((4, 1))], 4)
+    assert padding_of_batches([full]) == (0.0, 0.0)
+    assert padding_of_batches([ragged]) == (1 - 12 / 16, 1 - 5 / 8)
+    text, frame = padding_of_batches([full, ragged, collate([[]], 4)])
+    assert (text, frame) == (1 - 20 / 25, 1 - 7 / 10), "a microbatch of padding alone has one empty place for text"
+    assert padding_of_batches([collate([row_of((2, 0))], 4)]) == (0.0, 0.0)
 
 
 shapes = st.lists(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 6)), max_size=4), min_size=1, max_size=4)

@@ -149,7 +149,7 @@ def test_the_picture_shows_what_is_trained(packed, tmp_path, key, capsys):
 def test_long_silences_are_shown_in_part(packed, tmp_path):
     """Twenty frames, eleven of them silent in a row: fewer lines than all of them would take."""
     heights = {}
-    for name, more in (("whole", {}), ("part", {"max_frames": 8})):
+    for name, more in (("whole", {}), ("part", {"pack_text_tokens": 4096, "pack_frames": 8})):
         out = tmp_path / f"{name}.png"
         show_command(ShowOptions(str(packed), "stream", str(out), **more))
         heights[name] = Image.open(out).height
@@ -166,10 +166,10 @@ def test_what_is_refused(packed, tmp_path):
     with pytest.raises(DataError, match="holds no sample 'strea'; near it: stream"):
         show_command(ShowOptions(str(packed), "strea", "-"))
     with pytest.raises(ConfigError, match=r"part=3: the sample has 3 part\(s\)"):
-        show_command(ShowOptions(str(packed), "stream", "-", part=3, max_frames=8))
+        show_command(ShowOptions(str(packed), "stream", "-", part=3, pack_text_tokens=4096, pack_frames=8))
     with pytest.raises(DataError, match="does not exist"):
         show_command(ShowOptions(str(packed), "text", str(tmp_path / "absent" / "x.png")))
     with pytest.raises(ConfigError, match="must end in .png"):
         ShowOptions("x", out="x.jpg").validate()
-    with pytest.raises(ConfigError, match="max_frames=0"):
-        ShowOptions("x", max_frames=0).validate()
+    with pytest.raises(ConfigError, match="pack_frames=0"):
+        ShowOptions("x", pack_text_tokens=9, pack_frames=0).validate()

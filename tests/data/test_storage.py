@@ -253,6 +253,23 @@ def test_an_object_store_that_hangs(tmp_path: Path, monkeypatch):
     memory.rm("/bucket", recursive=True)
 
 
+def test_an_object_store_without_credentials_is_not_asked_again(tmp_path: Path, monkeypatch):
+    class NoCredentialsError(Exception):
+        """As botocore's: it has no base in common with others'."""
+
+    def refuse(*_: object, **__: object) -> bytes:
+        raise NoCredentialsError("Unable to locate credentials")
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/bucket/a.tar", b"x")
+    monkeypatch.setattr(type(memory), "cat_file", refuse)
+    store, waits = store_in(tmp_path)
+    with pytest.raises(DataError, match="cannot be fetched: Unable to locate credentials: set them"):
+        store.local("memory://bucket/a.tar")
+    assert waits == []
+    memory.rm("/bucket", recursive=True)
+
+
 def test_commands(tmp_path: Path):
     data = noise(3 * MB)
     (tmp_path / "a.tar").write_bytes(data)

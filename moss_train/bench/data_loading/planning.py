@@ -29,7 +29,8 @@ from moss_train.bench.data_loading.sources import (
     text_sample,
     words,
 )
-from moss_train.data.batch import ALL_FRAMES
+from moss_train.data.batch import ALL_FRAMES, Batch
+from moss_train.data.collate import padding_of_batches
 from moss_train.data.config import DataConfig, SourceConfig
 from moss_train.data.loader import build_loader
 from moss_train.data.packing import Deal, Padding, RowLimits, padding_of, plan_rows, stream_costs
@@ -126,22 +127,16 @@ def plan_figures(packed: Path, batch: int, data_ranks: int, largest: int, repeat
     data, compiler = realtime_stage()
     data = replace(data, sources={"blend": SourceConfig(path=str(packed))}, workers=0, prefetch=0)
     tokenizer = load_tokenizer(TokenizerConfig())
-    places = {"tokens": [0, 0], "frames": [0, 0]}
+    delivered: list[Batch] = []
     for rank in range(data_ranks):
         config = replace(data, global_batch_size=batch)
         with build_loader(config, compiler, tokenizer, _TILE, 0, data_rank=rank, data_ranks=data_ranks) as loader:
-            for microbatch in next(loader).microbatches:
-                places["tokens"][0] += int((microbatch.segments_RT >= 0).sum())
-                places["tokens"][1] += microbatch.segments_RT.numel()
-                places["frames"][0] += int(microbatch.frame_counts_R.sum())
-                places["frames"][1] += microbatch.frame_positions_RF.numel()
+            delivered += next(loader).microbatches
     config = replace(data, global_batch_size=largest)
     opened = open_blend(config, compiler, tokenizer, _TILE, seed=0)
-    padding = {name: 1 - real / max(1, there) for name, (real, there) in places.items()}
     wide = _padding_of_wide(opened, data, batch, data_ranks)
     return PlanFigures(
-        padding["tokens"],
-        padding["frames"],
+        *padding_of_batches(delivered),
         wide.text,
         wide.frame,
         statistics.median(_imbalance(opened, config, epoch) for epoch in range(repeats)),

@@ -29,6 +29,7 @@ from moss_train.errors import ConfigError, DataError, SampleError
 from moss_train.streams.compiled import FrameRequest
 from moss_train.streams.config import CompilerConfig, TokenizerConfig
 from moss_train.streams.schema import Sample
+from moss_train.streams.split import RowBudget
 from moss_train.streams.tokenizer import load_tokenizer
 
 DECODE_MODES = ("none", "ends", "all")
@@ -57,6 +58,11 @@ class CheckOptions:
     """How long one of them may take over one medium; seconds."""
     decode_memory_mb: int = 8192
     """Most memory of one of them, in MiB."""
+    pack_text_tokens: int | None = None
+    """With `pack_frames`: the budget that cuts long streams (`data.over_budget=split`), so that they are no problem;
+    null: streams have to fit whole."""
+    pack_frames: int | None = None
+    """See `pack_text_tokens`."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Every sample is compiled, with this tokenizer."""
     compiler: CompilerConfig = field(default_factory=CompilerConfig)
@@ -67,8 +73,12 @@ class CheckOptions:
             raise ConfigError(f"decode={self.decode!r} is not one of {', '.join(DECODE_MODES)}")
         if self.workers < 0:
             raise ConfigError(f"workers={self.workers} must not be negative")
+        self.budget()
         self.tokenizer.validate()
         self.compiler.validate()
+
+    def budget(self) -> RowBudget | None:
+        return RowBudget.of(self.pack_text_tokens, self.pack_frames)
 
     def data(self) -> DataConfig:
         """The settings of decoding: by the reader that reports damaged pictures."""
@@ -154,8 +164,8 @@ def check_source(options: CheckOptions, progress: bool = False) -> CheckResult:
         else:
             result.totals["shards"] = len(index.shards)
         result.totals["samples"] = len(numbers)
-        decode = options.decode or ("ends" if listed is None else "all")
-        for checked in _checked(corpus, progress_bar(numbers, f"checking {name}", progress), decode, pool):
+        how = _How(options.decode or ("ends" if listed is None else "all"), options.budget(), pool)
+        for checked in _checked(corpus, progress_bar(numbers, f"checking {name}", progress), how):
             checked.report(result)
         if listed is not None:
             bad = {problem.key for problem in result.problems}
@@ -197,11 +207,20 @@ def _check_index(index: SourceIndex, name: str, result: CheckResult) -> None:
         result.problems.append(Problem(name, "", "the facts of its media in the index do not fit their digest"))
 
 
-def _checked(corpus: Corpus, numbers: Iterable[int], decode: str, pool: DecodePool) -> "Iterator[_Checked]":
+@dataclass(frozen=True)
+class _How:
+    """How samples are checked."""
+
+    decode: str  #: one of DECODE_MODES
+    budget: RowBudget | None
+    pool: DecodePool
+
+
+def _checked(corpus: Corpus, numbers: Iterable[int], how: _How) -> "Iterator[_Checked]":
     """Every sample, checked; the pictures of the next ones are decoded meanwhile."""
     waiting: deque[_Checked] = deque()
     for number in numbers:
-        waiting.append(_Checked(corpus, number, decode, pool))
+        waiting.append(_Checked(corpus, number, how))
         if len(waiting) > _AHEAD:
             yield waiting.popleft()
     yield from waiting
@@ -210,20 +229,20 @@ def _checked(corpus: Corpus, numbers: Iterable[int], decode: str, pool: DecodePo
 class _Checked:
     """One sample: what is known at once, and what its members and pictures will say."""
 
-    def __init__(self, corpus: Corpus, number: int, decode: str, pool: DecodePool):
+    def __init__(self, corpus: Corpus, number: int, how: _How):
         self._entry = entry = corpus.entry(number)
         self._shard = corpus.index.shards[entry.shard].name.rpartition("/")[2]
         self._faults: list[str] = []
         self._totals: Counter[str] = Counter()
         self._media: Counter[str] = Counter()
-        self._members = {name: pool.submit(_digest_job(corpus, entry, name)) for name in entry.members}
+        self._members = {name: how.pool.submit(_digest_job(corpus, entry, name)) for name in entry.members}
         self._pictures: list[Future[DecodedArrays]] = []
         try:
-            self._look(corpus, number, decode, pool)
+            self._look(corpus, number, how)
         except (SampleError, DataError) as error:
             self._faults.append(error.reason if isinstance(error, SampleError) else str(error))
 
-    def _look(self, corpus: Corpus, number: int, decode: str, pool: DecodePool) -> None:
+    def _look(self, corpus: Corpus, number: int, how: _How) -> None:
         entry, sample = self._entry, corpus.sample(number)
         unused = sorted(set(entry.media) - {medium.member for medium in sample.media})
         if unused:
@@ -239,16 +258,16 @@ class _Checked:
                     f"medium {medium.id!r} is listed with {medium.duration_s} s and has {facts.duration_s:.3f} s"
                 )
         self._faults += _times_outside(sample, entry)
-        compiled = corpus.compile(number)
-        self._totals["text tokens"] += len(compiled.ids)
-        self._totals["frames"] += len(compiled.frames)
-        if decode == "all":
-            self._decode(corpus, number, compiled.frames, pool)
-        elif decode == "ends":
+        for part in corpus.compile_all(number, how.budget):
+            self._totals["text tokens"] += len(part.ids)
+            self._totals["frames"] += len(part.frames)
+            if how.decode == "all":
+                self._decode(corpus, number, part.frames, how.pool)
+        if how.decode == "ends":
             for medium in sample.media:
                 end = entry.media[medium.member].duration_s
                 ends = [FrameRequest(medium.id, time_s) for time_s in (0.0, end / 2, end)]
-                self._decode(corpus, number, ends, pool)
+                self._decode(corpus, number, ends, how.pool)
 
     def _decode(self, corpus: Corpus, number: int, requests: Iterable[FrameRequest], pool: DecodePool) -> None:
         self._pictures += [pool.submit(job) for job, _ in corpus.decode_jobs(number, list(requests))]

@@ -58,8 +58,7 @@ class IndexOptions:
     def validate(self) -> None:
         if self.workers < 0:
             raise ConfigError(f"workers={self.workers} must not be negative")
-        if (self.pack_text_tokens is None) != (self.pack_frames is None):
-            raise ConfigError("pack_text_tokens and pack_frames are one budget: give both or neither")
+        self.budget()
         for name in ("decode_timeout_s", "decode_memory_mb", "max_frame_pixels", "cache_gb", "remote_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
@@ -79,9 +78,7 @@ class IndexOptions:
         )
 
     def budget(self) -> RowBudget | None:
-        if self.pack_text_tokens is None or self.pack_frames is None:
-            return None
-        return RowBudget(self.pack_text_tokens, self.pack_frames)
+        return RowBudget.of(self.pack_text_tokens, self.pack_frames)
 
 
 def index_command(options: IndexOptions) -> int:

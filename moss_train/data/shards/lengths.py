@@ -74,8 +74,8 @@ def lengths_of(corpus: Corpus, budget: RowBudget | None = None, workers: int = 0
         stored = stored_lengths(corpus, budget)
         if stored is None:
             columns, faults = _measure(corpus, budget, workers, progress)
-            _store(corpus, settings, columns, faults)
             stored = _lengths(settings, columns, faults)
+            _store(corpus, settings, columns, stored)
     return stored
 
 
@@ -131,12 +131,12 @@ def _lengths(settings: dict[str, Any], columns: list[np.ndarray], faults: dict[i
     return Lengths(*columns, faults, digest.hexdigest())
 
 
-def _store(corpus: Corpus, settings: dict[str, Any], columns: list[np.ndarray], faults: dict[int, str]) -> None:
+def _store(corpus: Corpus, settings: dict[str, Any], columns: list[np.ndarray], lengths: Lengths) -> None:
     header = {
         "schema": LENGTHS_SCHEMA,
-        "digest": _lengths(settings, columns, faults).digest,
+        "digest": lengths.digest,
         "settings": settings,
-        "faults": list(faults.items()),
+        "faults": list(lengths.faults.items()),
     }
     batch = pa.RecordBatch.from_arrays([pa.array(column) for column in columns], schema=_ROWS)
     *others, last = _folders(corpus)

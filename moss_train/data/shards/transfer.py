@@ -181,6 +181,9 @@ def _failure(error: Exception, location: str) -> Exception:
         return TransferError("there is no such file", final=True)
     if isinstance(error, PermissionError):
         return TransferError(f"access is denied ({scrub(str(error), location)})", final=True)
+    if "credential" in type(error).__name__.lower():  # botocore's, google-auth's and others have no common base
+        reason = scrub(str(error), location)
+        return TransferError(f"{reason}: set them as fsspec's file system for it reads them", final=True)
     if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
         return TransferError("no byte came in time")
     return TransferError(scrub(f"{type(error).__name__}: {error}", location))
