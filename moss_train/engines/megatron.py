@@ -94,7 +94,7 @@ class MegatronEngine:
         self._megatron.grad_scale_func = self._optimizer.scale_loss
         self._schedule = get_forward_backward_func()
 
-    def train_step(self, microbatches: Sequence[Batch]) -> StepOutput:
+    def train_step(self, microbatches: Sequence[Batch], loss_limit: float | None = None) -> StepOutput:
         """See `protocol.Engine.train_step`."""
         for wrapped in self._wrapped:
             wrapped.train()
@@ -107,6 +107,7 @@ class MegatronEngine:
         grad_norm = float(self._optimizer.get_grad_norm())
         # Loss and norm are sums over every rank, so all ranks come to the same verdict.
         skipped = bool(overflowed) or not (math.isfinite(figures.loss) and math.isfinite(grad_norm))
+        skipped = skipped or (loss_limit is not None and figures.loss > loss_limit)
         if not skipped:
             self._clip(grad_norm)
             self._optimizer.step_with_ready_grads()

@@ -18,7 +18,7 @@ class StepOutput(LossFigures):
 
     grad_norm: float  #: norm of the whole gradient before clipping, measured with clipping off too
     lr: dict[str, float]  #: learning rate of this step by trained parameter group
-    skipped: bool  #: the loss or the gradient was not finite: neither weights nor optimizer state changed
+    skipped: bool  #: neither weights nor optimizer state changed: loss or gradient not finite, or loss above the limit
 
 
 @dataclass
@@ -55,8 +55,11 @@ class Engine(Protocol):
         ConfigError when a name or a group does not exist, or nothing would be trained.
         """
 
-    def train_step(self, microbatches: Sequence[Batch]) -> StepOutput:
-        """One optimizer step on this rank's microbatches of the global batch (at least one, on any device)."""
+    def train_step(self, microbatches: Sequence[Batch], loss_limit: float | None = None) -> StepOutput:
+        """One optimizer step on this rank's microbatches of the global batch (at least one, on any device).
+
+        A loss above `loss_limit`, which is the same on every rank, counts as one that is not finite.
+        """
 
     def eval_step(self, microbatches: Sequence[Batch]) -> LossFigures:
         """The loss of this rank's microbatches as one global batch with the other ranks', without training."""
