@@ -179,7 +179,7 @@ def test_conversations_of_the_messages_form():
     ("row", "message"),
     [
         ({"text": "a"}, "neither messages nor conversations"),
-        ({"conversations": [{"from": "robot", "value": "a"}]}, "conversations[0].from: unknown role"),
+        ({"conversations": [{"from": "robot", "value": "a"}]}, "conversations[0].from: 'robot' is none of human"),
         (
             {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "b"}]},
             "more image placeholders",

@@ -69,7 +69,7 @@ PASS = (COOK, "narration_pass_1", "narrations")
     [
         ("llava_video", (0, "video"), 5, "video: is int, not text"),
         ("llava_video", (0, "conversations", 1, "value"), 5, "conversations[1].value: is int"),
-        ("llava_video", (0, "conversations", 1, "from"), "robot", "conversations[1].from: unknown role"),
+        ("llava_video", (0, "conversations", 1, "from"), "robot", "conversations[1].from: 'robot' is none of human"),
         ("llava_video", (0, "image"), "a.jpg", "image: a row of this set shows one video"),
         ("activitynet", (ACTIVITY, "duration"), -1, f"{ACTIVITY}.duration: -1 is no time"),
         ("activitynet", (ACTIVITY, "timestamps", 0), [1.0], f"{ACTIVITY}.timestamps[0]: has 1 entries"),

@@ -8,7 +8,7 @@ Two forms: `{"conversations": [{"from": "human"|"gpt"|"system", "value": …}], 
 import re
 
 from moss_train.errors import SampleError
-from moss_train.streams.importers.common import Imported, describe_media, list_of, require, text_of
+from moss_train.streams.importers.common import Imported, describe_media, dict_of, list_of, require, text_of
 from moss_train.streams.media import PLACEHOLDERS
 from moss_train.streams.rules import placeholders_of
 from moss_train.streams.schema import parse_sample
@@ -63,21 +63,24 @@ def _turns(row: dict, key: str, waiting: dict[str, list[str]]) -> list[dict]:
     turns = []
     for index, turn in enumerate(list_of(row[name], key, name)):
         where = f"{name}[{index}]"
-        require(isinstance(turn, dict) and turn.get(role_field) in _ROLES, key, f"{where}.{role_field}: unknown role")
+        turn = dict_of(turn, key, where)
+        role = text_of(turn.get(role_field), key, f"{where}.{role_field}")
+        require(role in _ROLES, key, f"{where}.{role_field}: {role!r} is none of {', '.join(_ROLES)}")
         content = turn.get(text_field)
         if isinstance(content, list):
             content = _join_parts(content, key, f"{where}.{text_field}", waiting)
         else:
             content = text_of(content, key, f"{where}.{text_field}")
             content = _FOREIGN_PLACEHOLDER.sub(lambda match: PLACEHOLDERS[match[1]], content)
-        turns.append({"role": _ROLES[turn[role_field]], "content": content})
+        turns.append({"role": _ROLES[role], "content": content})
     return turns
 
 
 def _join_parts(parts: list, key: str, where: str, waiting: dict[str, list[str]]) -> str:
     text = ""
     for index, part in enumerate(parts):
-        kind = part.get("type") if isinstance(part, dict) else None
+        part = dict_of(part, key, f"{where}[{index}]")
+        kind = text_of(part.get("type"), key, f"{where}[{index}].type")
         if kind == "text":
             text += text_of(part.get("text"), key, f"{where}[{index}].text")
         elif kind in PLACEHOLDERS:
