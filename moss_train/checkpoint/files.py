@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ MANIFEST = "manifest.json"
 
 #: Names of files inside a checkpoint: no separators, so nothing listed can lie outside the directory.
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+_HASH_THREADS = 4
 
 #: What this process has verified: directory → its manifest's digest and the state of each file then. A checkpoint is
 #: opened several times on the way from a plan to a model, and hashing it costs as much as reading it.
@@ -71,16 +75,23 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
-def write_manifest(directory: Path, step: int) -> None:
-    """List every file now in `directory`. Write it last: its presence says that the rest is whole."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(directory.iterdir())}
-    write_durably(directory / MANIFEST, _manifest_bytes(step, files))
+def write_manifest(directory: Path, step: int, known: Mapping[str, dict[str, Any]] | None = None) -> None:
+    """List every file now in `directory`. Write it last: its presence says that the rest is whole.
+
+    known: entries of files whose digest their writer computed; the rest is read for it.
+    """
+    listed = dict(known or {})
+    for path in sorted(directory.iterdir()):
+        if path.name not in listed:
+            listed[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    write_durably(directory / MANIFEST, _manifest_bytes(step, dict(sorted(listed.items()))))
 
 
-def verified_manifest(directory: Path) -> dict[str, Any]:
+def verified_manifest(directory: Path, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
     """The manifest {"step": int, "files": {name: …}, "digest": str}, after comparing every file with it.
 
     Contents are read once in a process, unless the manifest, or a file's size or times, have changed since.
+    share: (number, count) of the readers that divide the contents among them; sizes are compared by each.
     CheckpointError names the first file that is missing, cut, changed, or not a plain file of this directory.
     """
     manifest = directory / MANIFEST
@@ -95,12 +106,24 @@ def verified_manifest(directory: Path) -> dict[str, Any]:
             raise ValueError("it is not what was written")
         seen = (content["digest"], *(_state(directory, name, entry["bytes"]) for name, entry in listed.items()))
         if _verified.get(directory.resolve()) != seen:
-            for name, entry in listed.items():
-                _check_content(directory / name, entry["sha256"])
+            _check_contents(directory, dict(list(listed.items())[share[0] :: share[1]]))
             _verified[directory.resolve()] = seen
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{manifest}: damaged, or not of the format {FORMAT}: {error!r}") from error
     return content
+
+
+def forget_verified(directory: Path) -> None:
+    """Read the contents again at the next verification: another reader found its share of them damaged."""
+    _verified.pop(directory.resolve(), None)
+
+
+def _check_contents(directory: Path, listed: Mapping[str, dict[str, Any]]) -> None:
+    """Compare several files at a time: hashing one of them keeps one processor busy."""
+    with ThreadPoolExecutor(min(_HASH_THREADS, os.cpu_count() or 1)) as pool:
+        checks = [pool.submit(_check_content, directory / name, entry["sha256"]) for name, entry in listed.items()]
+    for check in checks:
+        check.result()
 
 
 def _state(directory: Path, name: str, size: int) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """Checkpoints on disk: one directory a step, complete or absent.
 
     step_00000100/
-      tensors-00000.safetensors …   every tensor: weights, optimizer moments, random states
+      tensors-00000-00000.safetensors …   every tensor: weights, optimizer moments, random states; each process that
+                                          trained wrote files of its own (first number)
       index.json                    which slice of which tensor lies where (`tensor_files`)
       state.json                    step, loader position, engine metadata
       config.yaml, provenance.json  what made it
@@ -9,25 +10,29 @@
     latest                          the name of the directory to go on from
 
 A save writes into `.tmp-step_…`, syncs, renames, then moves the pointer. Killed at any instant, it leaves the
-previous checkpoint and pointer as they were. A directory of checkpoints has one writer.
+previous checkpoint and pointer as they were. A directory of checkpoints has one run that writes to it; `saver` is how
+its processes do it together, `save_checkpoint` is for one process alone.
 """
 
+import contextlib
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
 
 from moss_train.checkpoint import files
-from moss_train.checkpoint.tensor_files import FILE_BYTES, INDEX, TensorIndex, write_tensors
+from moss_train.checkpoint.tensor_files import FILE_BYTES, INDEX, TensorIndex, merge_parts, write_part
 from moss_train.engines.fit import require_fit
+from moss_train.engines.pieces import Piece, Shape
 from moss_train.errors import CheckpointError
+from moss_train.parallel.agreement import gather_lists
+from moss_train.parallel.groups import rank_and_ranks
 
 STATE = "state.json"
 PROVENANCE = "provenance.json"
@@ -49,6 +54,66 @@ class Checkpoint:
     provenance: dict[str, Any]  #: with the resolved configuration under "config"
 
 
+class CheckpointReader:
+    """A verified checkpoint, of which any block of any tensor can be read (`engines.pieces.TensorSource`)."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        missing = [name for name in (INDEX, STATE, PROVENANCE, CONFIG) if name not in manifest["files"]]
+        if missing:
+            raise CheckpointError(f"{path / files.MANIFEST}: does not list {', '.join(missing)}")
+        self.path = path
+        self.origin = str(path)
+        self.step: int = manifest["step"]
+        self.digest: str = manifest["digest"]  #: SHA-256 of the manifest's content, which tells it from any other
+        self.state: dict[str, Any] = files.read_json(path / STATE)
+        self.provenance: dict[str, Any] = files.read_json(path / PROVENANCE)
+        self.provenance["config"] = _read_config(path / CONFIG)
+        self._index = TensorIndex(path, manifest["files"])
+
+    def shapes(self) -> dict[str, Shape]:
+        """Canonical name → global shape of every tensor; none is read for it."""
+        return self._index.shapes()
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The precision in which a tensor is kept."""
+        return self._index.dtype(name)
+
+    def read(self, name: str, offsets: Shape, shape: Shape) -> torch.Tensor:
+        """A block of a tensor on the CPU, backed by its file where it lies in one slice."""
+        return self._index.read(name, offsets, shape)
+
+    def tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """Whole tensors whose names start with `prefix`, as `read`."""
+        return self._index.read_whole(name for name in self._index.shapes() if name.startswith(prefix))
+
+
+def open_checkpoint(path: Path) -> CheckpointReader:
+    """A checkpoint after verifying every byte of it (once in a process). CheckpointError names what is damaged."""
+    path = Path(path)
+    _refuse_partial(path)
+    return CheckpointReader(path, files.verified_manifest(path))
+
+
+def open_together(path: Path) -> CheckpointReader:
+    """`open_checkpoint` by all processes at once, which divide the reading of its bytes. Collective.
+
+    What one of them finds wrong raises CheckpointError on all.
+    """
+    path = Path(path)
+    reader, fault = None, None
+    try:
+        _refuse_partial(path)
+        reader = CheckpointReader(path, files.verified_manifest(path, rank_and_ranks()))
+    except CheckpointError as error:
+        fault = str(error)
+    faults = [told[0] for told in gather_lists([fault] if fault is not None else []) if told]
+    if faults:
+        files.forget_verified(path)
+        raise CheckpointError(fault or faults[0])
+    assert reader is not None
+    return reader
+
+
 def save_checkpoint(
     directory: Path,
     step: int,
@@ -57,80 +122,124 @@ def save_checkpoint(
     provenance: dict[str, Any],
     file_bytes: int = FILE_BYTES,
 ) -> Path:
-    """Write `directory/step_…` and point `latest` at it; a checkpoint of the same step is replaced.
+    """Write `directory/step_…` and point `latest` at it; a checkpoint of the same step is replaced. For one process.
 
-    tensors: whole tensors by canonical name, on any device. state: JSON. provenance: JSON; its "config" becomes
-    config.yaml. Returns when everything is on disk. CheckpointError when it cannot be written (disk full, no
-    permission, not JSON): then earlier checkpoints and the pointer are as before.
+    tensors: whole tensors by canonical name, on any device; backed by files, they are not read before they are written.
+    state: JSON. provenance: JSON; its "config" becomes config.yaml. Returns when everything is on disk.
+    CheckpointError when it cannot be written (disk full, no permission, not JSON): then earlier checkpoints and the
+    pointer are as before.
     """
     directory = Path(directory)
-    final = directory / f"step_{step:08d}"
-    partial = directory / f"{_PARTIAL}{final.name}"
-    state_bytes = files.json_bytes(state, STATE)
+    texts = text_files(state, provenance)
+    pieces = [
+        Piece(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor.detach()) for name, tensor in tensors.items()
+    ]
+    with intact_on_error(directory, step):
+        partial = begin_directory(directory, step)
+        return publish(directory, step, [write_part(partial, 0, pieces, file_bytes)], texts)
+
+
+def text_files(state: dict[str, Any], provenance: dict[str, Any]) -> dict[str, bytes]:
+    """state.json, provenance.json and config.yaml; CheckpointError for what they cannot hold."""
     described = {key: value for key, value in provenance.items() if key != "config"}
-    provenance_bytes = files.json_bytes(described, PROVENANCE)
     try:
-        config_bytes = yaml.safe_dump(provenance.get("config", {}), sort_keys=False, allow_unicode=True).encode()
+        config = yaml.safe_dump(provenance.get("config", {}), sort_keys=False, allow_unicode=True).encode()
     except yaml.YAMLError as error:
         raise CheckpointError(f"{CONFIG} cannot be written: {error}") from error
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(directory)
-        partial.mkdir()
-        write_tensors(partial, tensors, file_bytes)
-        files.write_durably(partial / STATE, state_bytes)
-        files.write_durably(partial / PROVENANCE, provenance_bytes)
-        files.write_durably(partial / CONFIG, config_bytes)
-        files.write_manifest(partial, step)
-        files.sync_directory(partial)
-        _publish(partial, final)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"{final}: cannot be written ({error}); earlier checkpoints are intact. "
-            "Free space or mend permissions, then resume"
-        ) from error
+    return {
+        STATE: files.json_bytes(state, STATE),
+        PROVENANCE: files.json_bytes(described, PROVENANCE),
+        CONFIG: config,
+    }
+
+
+def begin_directory(directory: Path, step: int) -> Path:
+    """An empty folder for a save's files, after clearing what killed saves left. OSError when there can be none."""
+    directory.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(directory)
+    partial = partial_directory(directory, step)
+    partial.mkdir()
+    return partial
+
+
+def partial_directory(directory: Path, step: int) -> Path:
+    """Where a save of `step` writes before it is complete."""
+    return directory / f"{_PARTIAL}{_name(step)}"
+
+
+def publish(directory: Path, step: int, parts: Sequence[dict[str, Any]], texts: Mapping[str, bytes]) -> Path:
+    """Complete a save whose tensors are written: index, texts, manifest; then rename it and move the pointer.
+
+    parts: what `write_part` gave, of every writer. OSError or CheckpointError when it cannot be.
+    """
+    partial, final = partial_directory(directory, step), directory / _name(step)
+    index, known = merge_parts(parts)
+    files.write_durably(partial / INDEX, files.json_bytes(index, INDEX))
+    for name, content in texts.items():
+        files.write_durably(partial / name, content)
+    files.write_manifest(partial, step, known)
+    files.sync_directory(partial)
+    _publish(partial, final)
     return final
+
+
+def discard_partial(directory: Path, step: int) -> None:
+    """Remove what a failed save of `step` wrote."""
+    shutil.rmtree(partial_directory(directory, step), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def intact_on_error(directory: Path, step: int) -> Iterator[None]:
+    """Turn an OSError of a save into a CheckpointError, its unfinished folder removed."""
+    try:
+        yield
+    except (OSError, CheckpointError) as error:
+        discard_partial(directory, step)
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(cannot_write(directory, step, error)) from error
+
+
+def cannot_write(directory: Path, step: int, error: object) -> str:
+    """The message of a failed save."""
+    return (
+        f"{directory / _name(step)}: cannot be written ({error}); earlier checkpoints are intact. "
+        "Free space or mend permissions, then resume"
+    )
 
 
 def load_checkpoint(
     path: Path, expect: Mapping[str, Sequence[int]] | None = None, only: Sequence[str] | None = None
 ) -> Checkpoint:
-    """Read a checkpoint after verifying every byte of it (once in a process).
+    """Whole tensors of a checkpoint after verifying every byte of it (once in a process).
 
     only: read just these namespaces (what stands before the first "/"), such as ("model",); None reads all.
     expect: name → shape. All names of the namespaces that occur in it must fit exactly, or CheckpointError lists
     every missing, unexpected and mis-shaped one. Other namespaces are not compared.
     """
-    path = Path(path)
-    manifest, index = _open(path)
-    shapes = {name: shape for name, shape in index.shapes().items() if only is None or _namespace(name) in only}
+    reader = open_checkpoint(path)
+    shapes = {name: shape for name, shape in reader.shapes().items() if only is None or _namespace(name) in only}
     if expect is not None:
         compared = {_namespace(name) for name in expect}
         found = {name: shape for name, shape in shapes.items() if _namespace(name) in compared}
         require_fit(found, {name: tuple(shape) for name, shape in expect.items()}, str(path))
-    return Checkpoint(
-        path=path,
-        step=manifest["step"],
-        tensors=index.read(shapes),
-        state=files.read_json(path / STATE),
-        provenance=files.read_json(path / PROVENANCE) | {"config": _read_config(path / CONFIG)},
-    )
+    tensors = {name: reader.read(name, (0,) * len(shape), shape) for name, shape in shapes.items()}
+    return Checkpoint(reader.path, reader.step, tensors, reader.state, reader.provenance)
 
 
 def checkpoint_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Canonical name → global shape of every tensor, verified, without reading a tensor."""
-    return _open(Path(path))[1].shapes()
+    return open_checkpoint(path).shapes()
 
 
 def verify(path: Path) -> None:
     """Raise CheckpointError, naming the file, unless the checkpoint is complete and unchanged."""
-    _open(Path(path))
+    open_checkpoint(path)
 
 
 def checkpoint_digest(path: Path) -> str:
     """What identifies a checkpoint: the SHA-256 of its manifest's content, verified."""
-    return _open(Path(path))[0]["digest"]
+    return open_checkpoint(path).digest
 
 
 def latest(directory: Path) -> Path | None:
@@ -174,14 +283,13 @@ def remove_checkpoint(path: Path) -> None:
     shutil.rmtree(trash)
 
 
-def _open(path: Path) -> tuple[dict[str, Any], TensorIndex]:
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _refuse_partial(path: Path) -> None:
     if path.name.startswith(_PARTIAL):
         raise CheckpointError(f"{path}: a save that was not finished; it is never loaded")
-    manifest = files.verified_manifest(path)
-    missing = [name for name in (INDEX, STATE, PROVENANCE, CONFIG) if name not in manifest["files"]]
-    if missing:
-        raise CheckpointError(f"{path / files.MANIFEST}: does not list {', '.join(missing)}")
-    return manifest, TensorIndex(path, manifest["files"])
 
 
 def _publish(partial: Path, final: Path) -> None:

@@ -14,6 +14,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from moss_train.parallel import groups  # first: installs the CPU seam before megatron is imported
 
@@ -34,10 +35,12 @@ from moss_train.engines.frames import FrameFeatures, plans_of
 from moss_train.engines.full_tensors import Entry, collect_on_main, require_names
 from moss_train.engines.gradients import sum_gradients
 from moss_train.engines.learning_rate import LearningRate
+from moss_train.engines.megatron_state import OPTIMIZER, MegatronState
+from moss_train.engines.pieces import Piece, TensorSource
 from moss_train.engines.protocol import EngineState, StepOutput
 from moss_train.engines.stages import DecoderChunk, FrameEncoder
 from moss_train.engines.trainable import check_trainable
-from moss_train.engines.weights import NAMESPACE, load_whole_weights
+from moss_train.engines.weights import NAMESPACE
 from moss_train.errors import ConfigError
 from moss_train.model.build import whole_model
 from moss_train.model.groups import parameter_groups
@@ -48,7 +51,6 @@ from moss_train.objectives.figures import LossFigures, statistics
 from moss_train.objectives.streaming_loss import StreamingLoss
 from moss_train.parallel.frame_gather import SharePlan
 from moss_train.parallel.message import message_length
-from moss_train.parallel.slices import own_slice
 
 
 class MegatronEngine:
@@ -91,6 +93,7 @@ class MegatronEngine:
         self._wrap()
         self._optimizer = self._build_optimizer()
         optimizer_state.initialise_moments(self._optimizer)
+        self._state = MegatronState(model, self._trained, self._optimizer, self._moments, self._parallel)
         self._megatron.grad_scale_func = self._optimizer.scale_loss
         self._schedule = get_forward_backward_func()
 
@@ -133,9 +136,13 @@ class MegatronEngine:
             }
         return shapes
 
-    def state_dict(self) -> EngineState:
-        """See `protocol.Engine.state_dict`."""
-        metadata = {
+    def pieces(self) -> list[Piece]:
+        """See `protocol.Engine.pieces`."""
+        return self._state.owned()
+
+    def metadata(self) -> dict[str, Any]:
+        """See `protocol.Engine.metadata`."""
+        metadata: dict[str, Any] = {
             "engine": "megatron",
             "step": self.step,
             "skipped_steps": self.skipped_steps,
@@ -143,12 +150,16 @@ class MegatronEngine:
         }
         if (scaler := self._optimizer.chained_optimizers[0].grad_scaler if self._half else None) is not None:
             metadata["loss_scale"] = {name: _plain(value) for name, value in scaler.state_dict().items()}
+        return metadata
+
+    def state_dict(self) -> EngineState:
+        """See `protocol.Engine.state_dict`."""
         moments = [
             self._state_entry(f"optimizer/{name}/{moment}", parameter, moment)
             for name, parameter in self._trained.items()
             for moment in self._moments
         ]
-        return EngineState(self._collect(self._weight_entries() + moments, self.expected_shapes()), metadata)
+        return EngineState(self._collect(self._weight_entries() + moments, self.expected_shapes()), self.metadata())
 
     def whole_weights(self) -> dict[str, torch.Tensor]:
         """See `protocol.Engine.whole_weights`."""
@@ -162,29 +173,29 @@ class MegatronEngine:
         ]
         return self._collect(entries, self._trainable)
 
-    def load_state_dict(self, state: EngineState) -> None:
-        """See `protocol.Engine.load_state_dict`."""
-        require_fit(_shapes(state.tensors), self.expected_shapes(), "the state")
-        self._load_weights(state.tensors)
-        self.step = int(state.metadata["step"])
-        self.skipped_steps = int(state.metadata["skipped_steps"])
-        for name, parameter in self._trained.items():
-            for moment in self._moments:
-                whole = state.tensors[f"optimizer/{name}/{moment}"]
-                part = own_slice(parameter, whole, self._parallel.tensor_group)
-                optimizer_state.restore(moment, self._optimizer, parameter, part)
+    def load(self, source: TensorSource, metadata: dict[str, Any]) -> None:
+        """See `protocol.Engine.load`."""
+        shapes = {
+            name: shape for name, shape in source.shapes().items() if name.split("/")[0] in (NAMESPACE, OPTIMIZER)
+        }
+        require_fit(shapes, self.expected_shapes(), source.origin)
+        self._finish_param_gather()
+        self._state.load(source, optimizer=True)
+        self.step = int(metadata["step"])
+        self.skipped_steps = int(metadata["skipped_steps"])
         optimizer_state.set_step_count(self._optimizer, self.step - self.skipped_steps)
-        if state.metadata.get("loss_scale") and self._half and self._config.loss_scale is None:
+        if metadata.get("loss_scale") and self._half and self._config.loss_scale is None:
             scaler = self._optimizer.chained_optimizers[0].grad_scaler
-            saved = dict(state.metadata["loss_scale"])
+            saved = dict(metadata["loss_scale"])
             saved["scale"] = torch.tensor([saved["scale"]], dtype=torch.float32, device=self._parallel.device)
             scaler.load_state_dict(saved)
 
-    def load_weights(self, tensors: dict[str, torch.Tensor]) -> None:
+    def load_weights(self, source: TensorSource) -> None:
         """See `protocol.Engine.load_weights`."""
-        weights = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{NAMESPACE}/")}
-        require_fit(_shapes(weights), self.expected_shapes(optimizer=False), "the set of weights")
-        self._load_weights(weights)
+        shapes = {name: shape for name, shape in source.shapes().items() if name.startswith(f"{NAMESPACE}/")}
+        require_fit(shapes, self.expected_shapes(optimizer=False), source.origin)
+        self._finish_param_gather()
+        self._state.load(source, optimizer=False)
 
     def _check_options(self, optim: OptimConfig) -> None:
         zero = self._parallel.layout.zero
@@ -402,14 +413,6 @@ class MegatronEngine:
                 wrapped.disable_forward_pre_hook()
                 wrapped.enable_forward_pre_hook()
 
-    def _load_weights(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._finish_param_gather()
-        load_whole_weights(self._model, tensors)
-        # A 16-bit parameter lost digits that its float32 original must keep.
-        for name, parameter in self._trained.items():
-            part = own_slice(parameter, tensors[f"{NAMESPACE}/{name}"], self._parallel.tensor_group)
-            optimizer_state.restore(optimizer_state.MAIN, self._optimizer, parameter, part)
-
 
 class _Step:
     """The microbatches of one step, and what their chunks share."""
@@ -456,7 +459,3 @@ def _plain(value):
 
 def _member_of(ids: set[int]):
     return lambda parameter: id(parameter) in ids
-
-
-def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

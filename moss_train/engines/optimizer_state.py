@@ -62,7 +62,7 @@ def whole_over_replicas(
     Collective over `group`, the processes among which a distributed optimizer's shards are spread.
     """
     held = held_state(optimizer, parameter)
-    if _is_distributed(optimizer):
+    if is_distributed(optimizer):
         return assembled(held.tensors.get(name), held, parameter, group)
     return held.tensors[name].detach().view(parameter.shape)
 
@@ -81,16 +81,8 @@ def assembled(
     return flat.view(parameter.shape)
 
 
-@torch.no_grad()
-def restore(name: str, optimizer: ChainedOptimizer, parameter: torch.nn.Parameter, whole: torch.Tensor) -> None:
-    """Copy into state tensor `name` its part of `whole`, which is shaped like the parameter of this rank."""
-    held = held_state(optimizer, parameter)
-    if name in held.tensors:
-        target = held.tensors[name]
-        target.copy_(whole.reshape(-1)[held.start : held.end].view_as(target))
-
-
-def _is_distributed(optimizer: ChainedOptimizer) -> bool:
+def is_distributed(optimizer: ChainedOptimizer) -> bool:
+    """Whether state is sharded over the processes that hold the same parameters."""
     return isinstance(optimizer.chained_optimizers[0], DistributedOptimizer)
 
 

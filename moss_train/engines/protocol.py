@@ -8,6 +8,7 @@ import torch
 
 from moss_train.data.batch import Batch
 from moss_train.engines.config import OptimConfig
+from moss_train.engines.pieces import Piece, Shape, TensorSource
 from moss_train.objectives.figures import LossFigures
 from moss_train.objectives.streaming_loss import StreamingLoss
 
@@ -27,8 +28,8 @@ class EngineState:
 
     Names: `model/<parameter>`, `optimizer/<parameter>/exp_avg`, `optimizer/<parameter>/exp_avg_sq`, where
     `<parameter>` is the name in the whole model's `named_parameters()`. Weights of trained parameters are the float32
-    ones that the optimizer updates; those of frozen parameters have the model's precision. The tensors are the engine's
-    own, not copies: write them before the next step.
+    ones that the optimizer updates; those of frozen parameters have the model's precision. The tensors may be the
+    engine's own, not copies.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -64,11 +65,28 @@ class Engine(Protocol):
     def eval_step(self, microbatches: Sequence[Batch]) -> LossFigures:
         """The loss of this rank's microbatches as one global batch with the other ranks', without training."""
 
-    def expected_shapes(self, optimizer: bool = True) -> dict[str, tuple[int, ...]]:
-        """Canonical name → global shape of every tensor `load_state_dict` (or `load_weights`) needs."""
+    def expected_shapes(self, optimizer: bool = True) -> dict[str, Shape]:
+        """Canonical name → global shape of every tensor that `load` (or `load_weights`) needs."""
+
+    def pieces(self) -> list[Piece]:
+        """What this process has to save after the last step: with those of all other processes, every element of every
+        tensor of `expected_shapes` once. The engine's own memory: copy it before the next step."""
+
+    def metadata(self) -> dict[str, Any]:
+        """JSON that belongs to the tensors: steps taken, the loss scale. The same on every process."""
+
+    def load(self, source: TensorSource, metadata: dict[str, Any]) -> None:
+        """Go on from what `pieces` and `metadata` gave, in whatever layout that was; in the same one bit for bit.
+
+        Each process reads its own blocks. CheckpointError lists every missing, unexpected or mis-shaped tensor.
+        """
+
+    def load_weights(self, source: TensorSource) -> None:
+        """Take the weights (`model/…`) only; optimizer and step stay as they are. CheckpointError as above."""
 
     def state_dict(self) -> EngineState:
-        """The state after the last step. Collective; whole tensors on the main process, none on the others."""
+        """The state after the last step. Collective; whole tensors on the main process, none on the others. For
+        comparisons: checkpoints are written from `pieces`."""
 
     def whole_weights(self) -> dict[str, torch.Tensor]:
         """The weights (`model/…`) alone, as `state_dict` gives them. Collective."""
@@ -76,9 +94,3 @@ class Engine(Protocol):
     def gradients(self) -> dict[str, torch.Tensor]:
         """Parameter name → whole gradient of the last `train_step`, scaled as the optimizer left it: as summed, when
         nothing was clipped. Collective; on the main process alone. For comparisons."""
-
-    def load_state_dict(self, state: EngineState) -> None:
-        """Go on from `state`, bit for bit. CheckpointError lists every missing, unexpected or mis-shaped tensor."""
-
-    def load_weights(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take the weights (`model/…`) only; optimizer and step stay as they are. CheckpointError as above."""

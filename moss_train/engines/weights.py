@@ -1,11 +1,10 @@
 """A model's weights under their canonical names, as engines save them and runs load them."""
 
-from collections.abc import Mapping
-
 import torch
 
+from moss_train.engines.pieces import TensorSource
 from moss_train.model.video_model import VideoModel
-from moss_train.parallel.slices import own_slice
+from moss_train.parallel.slices import own_offsets
 
 NAMESPACE = "model"  #: of the weights among a checkpoint's tensors
 
@@ -18,7 +17,9 @@ def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def load_whole_weights(model: VideoModel, weights: Mapping[str, torch.Tensor]) -> None:
-    """Copy into `model` its part of whole weights, named `model/<name>`; KeyError when one it holds is not there."""
+def load_weights_into(model: VideoModel, source: TensorSource) -> None:
+    """Copy into `model` its part of the weights in `source`, named `model/<name>`."""
+    group = model.tensor_group
     for name, parameter in model.named_parameters():
-        parameter.copy_(own_slice(parameter, weights[f"{NAMESPACE}/{name}"], model.tensor_group))
+        block = source.read(f"{NAMESPACE}/{name}", own_offsets(parameter, group), tuple(parameter.shape))
+        parameter.copy_(block)

@@ -164,6 +164,11 @@ def state() -> ParallelState:
     return _state
 
 
+def rank_and_ranks() -> tuple[int, int]:
+    """This process's number and how many there are; (0, 1) where no process group is."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def shutdown() -> None:
     """Leave every process group; `initialize` may be called again afterwards."""
     global _state

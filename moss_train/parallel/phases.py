@@ -1,8 +1,8 @@
 """What this process is doing right now, for whoever watches over it: cheap to set, safe to read from another thread.
 
 The phases of a step, in the order in which it passes through them: data, forward (the backward pass included), p2p
-(waiting for a neighbouring pipeline stage), reduce (gradient sums and the optimizer), save, evaluate. Code that does the
-work says so with `phase(name)`; between phases a process counts as being in `step`.
+(waiting for a neighbouring pipeline stage), reduce (gradient sums and the optimizer), save, evaluate. Code that does
+the work says so with `phase(name)`.
 """
 
 import contextlib

@@ -17,6 +17,14 @@ def own_slice(parameter: torch.nn.Parameter, full: torch.Tensor, group: dist.Pro
     return full.chunk(group.size(), dim=parameter.partition_dim)[group.rank()]
 
 
+def own_offsets(parameter: torch.nn.Parameter, group: dist.ProcessGroup) -> tuple[int, ...]:
+    """Where this process's part begins in the whole parameter."""
+    offsets = [0] * parameter.dim()
+    if is_split(parameter):
+        offsets[parameter.partition_dim] = group.rank() * parameter.shape[parameter.partition_dim]
+    return tuple(offsets)
+
+
 def whole_shape(parameter: torch.nn.Parameter, group: dist.ProcessGroup) -> tuple[int, ...]:
     """The shape of the parameter before it was split over `group`."""
     shape = list(parameter.shape)

@@ -6,8 +6,9 @@ from dataclasses import replace
 import torch
 
 from moss_train.data.corpus import Corpus, load_source
+from moss_train.engines.pieces import MemorySource
 from moss_train.engines.protocol import Engine
-from moss_train.engines.weights import load_whole_weights
+from moss_train.engines.weights import load_weights_into
 from moss_train.evaluate.judges import load_judge
 from moss_train.evaluate.runner import EvaluationResult, evaluate_streams
 from moss_train.model.build import whole_model
@@ -74,5 +75,5 @@ class Evaluator:
         """A copy of the whole model on this process."""
         state = groups.state()
         model = whole_model(self._run.model, state, Precision.named(self._run.precision).dtype)
-        load_whole_weights(model, weights)
+        load_weights_into(model, MemorySource(weights))
         return model.to(state.device)

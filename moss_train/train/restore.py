@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from moss_train.checkpoint.store import load_checkpoint
-from moss_train.engines.weights import NAMESPACE, load_whole_weights
+from moss_train.engines.pieces import MemorySource
+from moss_train.engines.weights import NAMESPACE, load_weights_into
 from moss_train.errors import CheckpointError
 from moss_train.model import build
 from moss_train.model.precision import Precision
@@ -36,7 +37,7 @@ def load_model(path: str | Path) -> tuple[VideoModel, StreamTokenizer, RunConfig
         )
     state = groups.initialize(LayoutConfig(), run.seed)
     model = build.whole_model(run.model, state, Precision.named(run.precision).dtype)
-    load_whole_weights(model, Origin(checkpoint, hugging_face=False).weights(model))
+    load_weights_into(model, Origin(checkpoint, hugging_face=False).source(model))
     return model.to(state.device).eval(), tokenizer, run
 
 
@@ -46,7 +47,7 @@ def build_model(run: RunConfig) -> VideoModel:
     dtype = Precision.named(run.precision).dtype
     model = build.whole_model(run.model, state, dtype)
     fresh = build.fresh_weights(run.model, state.own_group, dtype, run.seed)
-    load_whole_weights(model, {f"{NAMESPACE}/{name}": weight for name, weight in fresh})
+    load_weights_into(model, MemorySource({f"{NAMESPACE}/{name}": weight for name, weight in fresh}))
     return model.to(state.device).eval()
 
 

@@ -16,7 +16,8 @@ from moss_train.checkpoint.store import Checkpoint, latest, load_checkpoint, sav
 from moss_train.data.batch import FrameShare
 from moss_train.data.loader import Loader, build_loader
 from moss_train.engines import build_engine
-from moss_train.engines.protocol import Engine, EngineState
+from moss_train.engines.pieces import MemorySource
+from moss_train.engines.protocol import Engine
 from moss_train.model.build import build_model, whole_model
 from moss_train.model.groups import trainable_names
 from moss_train.model.precision import Precision
@@ -69,12 +70,7 @@ class _Stage:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of this very stage, bit for bit in the layout that wrote it. Every process reads the
         whole tensors' files, of which it copies its parts."""
-        self.engine.load_state_dict(
-            EngineState(
-                {name: t for name, t in checkpoint.tensors.items() if not name.startswith("random/")},
-                checkpoint.state["engine"],
-            )
-        )
+        self.engine.load(MemorySource(checkpoint.tensors, str(checkpoint.path)), checkpoint.state["engine"])
         self.loader.load_state_dict(checkpoint.state["loader"])
         restore_random_state(checkpoint.tensors)
         self.progress = Progress(**checkpoint.state["progress"])
@@ -125,7 +121,7 @@ def run_stage(
     )
     if newest is None and origin is not None:
         # Through the engine, whose optimizer keeps the digits that 16-bit weights lose.
-        engine.load_weights(origin.weights(whole))
+        engine.load_weights(origin.source(whole))
     with build_loader(
         plan.config.data,
         plan.config.compiler,

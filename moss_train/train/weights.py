@@ -9,8 +9,16 @@ import torch
 from safetensors import safe_open
 
 from moss_train.checkpoint.hugging_face import canonical_weights, read_safetensors
-from moss_train.checkpoint.store import checkpoint_digest, checkpoint_shapes, latest, load_checkpoint, step_directories
+from moss_train.checkpoint.store import (
+    checkpoint_digest,
+    checkpoint_shapes,
+    latest,
+    load_checkpoint,
+    open_checkpoint,
+    step_directories,
+)
 from moss_train.engines.fit import require_fit
+from moss_train.engines.pieces import MemorySource, TensorSource
 from moss_train.engines.weights import NAMESPACE, named_weights
 from moss_train.errors import CheckpointError
 from moss_train.model.video_model import VideoModel
@@ -52,19 +60,19 @@ class Origin:
                 f"{tokenizer.fingerprint}), so its embedding means other words: set the tokenizer it was trained with"
             )
 
-    def weights(self, model: VideoModel) -> dict[str, torch.Tensor]:
-        """Whole tensors named `model/<parameter>`, for `Engine.load_weights` and `load_whole_weights`.
+    def source(self, model: VideoModel) -> TensorSource:
+        """The weights, named `model/<parameter>`, for `Engine.load_weights` and `load_weights_into`.
 
-        `model` is a whole one; on the meta device will do. The tensors are backed by their files: what is not copied is
-        not read. CheckpointError when they do not fit `model`.
+        `model` is a whole one; on the meta device will do. What is not asked for is not read. CheckpointError when they
+        do not fit `model`.
         """
         if not self.hugging_face:
-            return load_checkpoint(self.path, expect=expected_shapes(model), only=(NAMESPACE,)).tensors
+            return open_checkpoint(self.path)
         found: dict[str, torch.Tensor] = {}
         for file in _safetensors(self.path):
             found |= read_safetensors(file)
         named = canonical_weights(model, found, str(self.path))
-        return {f"{NAMESPACE}/{name}": tensor for name, tensor in named.items()}
+        return MemorySource({f"{NAMESPACE}/{name}": tensor for name, tensor in named.items()}, str(self.path))
 
 
 def expected_shapes(model: VideoModel) -> dict[str, tuple[int, ...]]:

@@ -10,6 +10,7 @@ import torch
 
 from moss_train.engines import EngineConfig, build_engine
 from moss_train.engines.config import OptimConfig
+from moss_train.engines.pieces import MemorySource
 from moss_train.engines.protocol import EngineState
 from moss_train.model.groups import trainable_names
 from moss_train.parallel import groups
@@ -43,7 +44,7 @@ def copied(state: EngineState) -> EngineState:
 def test_training_follows_float32(name):
     half, _ = engine_of(DTYPES[name])
     full, _ = engine_of(torch.float32)
-    full.load_weights({weight: t.float() for weight, t in half.whole_weights().items()})
+    full.load_weights(MemorySource({weight: t.float() for weight, t in half.whole_weights().items()}))
     for microbatches in global_batches(4):
         found, expected = half.train_step(microbatches), full.train_step(microbatches)
         assert not found.skipped
@@ -80,7 +81,7 @@ def test_resuming_is_exact(name):
         early.train_step(microbatches)
     state = copied(early.state_dict())
     late, _ = engine_of(DTYPES[name], seed=77)
-    late.load_state_dict(state)
+    late.load(MemorySource(state.tensors), state.metadata)
     assert [late.train_step(microbatches) for microbatches in batches[3:]] == straight[3:]
     left, right = late.state_dict(), through.state_dict()
     assert left.metadata == right.metadata
@@ -107,7 +108,7 @@ def test_float16_goes_on_with_the_scale_it_was_saved_with():
         engine.train_step(global_batches(1)[0])
     state = copied(engine.state_dict())
     other, _ = engine_of(torch.float16)
-    other.load_state_dict(state)
+    other.load(MemorySource(state.tensors), state.metadata)
     assert other.state_dict().metadata["loss_scale"] == state.metadata["loss_scale"]
     batch = global_batches(1)[0]
     assert str(other.train_step(batch)) == str(engine.train_step(batch))

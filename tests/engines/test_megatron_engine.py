@@ -9,6 +9,7 @@ import torch
 from moss_train.engines import EngineConfig, build_engine
 from moss_train.engines.config import OptimConfig
 from moss_train.engines.megatron import MegatronEngine
+from moss_train.engines.pieces import MemorySource
 from moss_train.engines.protocol import EngineState
 from moss_train.errors import CheckpointError, ConfigError
 from moss_train.model.groups import GROUPS, parameter_groups, trainable_names
@@ -167,7 +168,7 @@ def test_three_steps_and_two_after_a_restore_are_five_steps_bit_for_bit():
         early.train_step(microbatches)
     state = clone(early.state_dict())
     late.train_step(batches[4])  # a restore must undo whatever was there
-    late.load_state_dict(state)
+    late.load(MemorySource(state.tensors), state.metadata)
     resumed = [late.train_step(microbatches) for microbatches in batches[3:]]
     assert resumed == straight[3:]
     assert_identical(late.state_dict(), through.state_dict())
@@ -175,7 +176,8 @@ def test_three_steps_and_two_after_a_restore_are_five_steps_bit_for_bit():
 
 def test_a_state_exists_before_the_first_step():
     engine, other = engine_of(), engine_of(seed=5)
-    other.load_state_dict(clone(engine.state_dict()))
+    state = clone(engine.state_dict())
+    other.load(MemorySource(state.tensors), state.metadata)
     microbatches = global_batches(1)[0]
     assert other.train_step(microbatches) == engine.train_step(microbatches)
 
@@ -198,7 +200,7 @@ def test_a_state_that_does_not_fit_is_refused_with_every_offender():
     state.tensors["optimizer/ghost/exp_avg"] = torch.zeros(1)
     before = clone(engine.state_dict())
     with pytest.raises(CheckpointError) as refusal:
-        engine.load_state_dict(state)
+        engine.load(MemorySource(state.tensors), state.metadata)
     for name in ("missing model/projector.bias", "unexpected optimizer/ghost/exp_avg", "model/head.weight has shape"):
         assert name in str(refusal.value)
     assert_identical(engine.state_dict(), before)
@@ -208,7 +210,7 @@ def test_weights_alone_keep_optimizer_and_step():
     engine, other = engine_of(), engine_of(seed=5)
     engine.train_step(global_batches(1)[0])
     wanted = other.state_dict().tensors
-    engine.load_weights(wanted)
+    engine.load_weights(MemorySource(wanted))
     tensors = engine.state_dict().tensors
     assert engine.step == 1
     assert all(torch.equal(tensors[name], wanted[name]) for name in engine.expected_shapes(optimizer=False))

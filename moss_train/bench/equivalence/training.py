@@ -10,6 +10,7 @@ from moss_train.bench.equivalence.cases import STEPS, Case
 from moss_train.bench.equivalence.outcome import Figures, Outcome, starting_weights
 from moss_train.bench.equivalence.streams import tokenizer
 from moss_train.engines import build_engine
+from moss_train.engines.pieces import MemorySource
 from moss_train.model.build import build_model, whole_model
 from moss_train.model.groups import trainable_names
 from moss_train.model.precision import Precision
@@ -35,7 +36,8 @@ def train_case(rank: int, ranks: int, case: Case, path: str) -> tuple[list[Figur
     engine.setup(model, trained, problem.optim(), objective, STEPS)
     tensors = {"fresh": _plain(engine.whole_weights())}
     shapes = _plain(engine.expected_shapes(optimizer=False))
-    engine.load_weights({f"model/{name}": weight for name, weight in starting_weights(problem, shapes).items()})
+    started = {f"model/{name}": weight for name, weight in starting_weights(problem, shapes).items()}
+    engine.load_weights(MemorySource(started))
     tensors["start"] = _plain(engine.whole_weights())
 
     evaluated = engine.eval_step(microbatches(case, 0, state)).loss
