@@ -14,8 +14,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moss_train.checkpoint.hugging_face import export_tensors, import_weights, read_safetensors
+from moss_train.checkpoint.hugging_face.mapping import export_tensors
+from moss_train.checkpoint.hugging_face.source import HuggingFaceSource, SafetensorsFiles
 from moss_train.data.batch import Batch
+from moss_train.engines.weights import load_weights_into
 from moss_train.errors import CheckpointError
 from moss_train.model.config import ModelConfig, RopeScaling, TextConfig, VisionConfig
 from moss_train.model.video_model import VideoModel
@@ -183,7 +185,8 @@ def _demand(path: Path, value: object, name: str, form: type) -> None:
 def verify(options: VerifyOptions) -> dict:
     """Compare every case; the result has the form of design §7. CheckpointError when the files do not fit."""
     reference = read_reference(Path(options.config))
-    weights, io = read_safetensors(Path(options.weights)), read_safetensors(Path(options.io))
+    weights, outputs = SafetensorsFiles(options.weights), SafetensorsFiles(options.io)
+    io = {name: outputs.tensor(name) for name in outputs.shapes()}
     state = groups.initialize()
     figures, failures = {}, []
     try:
@@ -192,7 +195,7 @@ def verify(options: VerifyOptions) -> dict:
             model = VideoModel(config, state.tensor_group)
         except (TypeError, ValueError, ArithmeticError) as error:
             raise CheckpointError(f"{options.config}: the sizes describe no model ({error})") from error
-        import_weights(model, weights, origin=options.weights)
+        load_weights_into(model, HuggingFaceSource(weights, model))
         for case, expected in reference["cases"].items():
             deviations = compare_case(model, reference, io, case)
             judged = _is_judged(expected, options)

@@ -12,12 +12,15 @@ def require_fit(found: Mapping[str, Shape], expected: Mapping[str, Shape], what:
 
     what: what holds the tensors, for the message.
     """
-    problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in found]
-    problems += [f"unexpected {name} {list(shape)}" for name, shape in found.items() if name not in expected]
-    problems += [
+    missing = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    unexpected = [f"unexpected {name} {list(shape)}" for name, shape in found.items() if name not in expected]
+    misshaped = [
         f"{name} has shape {list(found[name])}, the model needs {list(shape)}"
         for name, shape in expected.items()
         if name in found and tuple(found[name]) != tuple(shape)
     ]
-    if problems:
-        raise CheckpointError(f"{what} does not fit the model:\n  " + "\n  ".join(problems))
+    if missing or unexpected or misshaped:
+        raise CheckpointError(
+            f"{what} does not fit the model: {len(missing)} tensors are missing, {len(unexpected)} unexpected, "
+            f"{len(misshaped)} of another shape\n  " + "\n  ".join([*missing, *unexpected, *misshaped])
+        )

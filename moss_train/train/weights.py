@@ -5,20 +5,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-
-from moss_train.checkpoint.hugging_face import canonical_weights, read_safetensors
-from moss_train.checkpoint.store import (
-    checkpoint_digest,
-    checkpoint_shapes,
-    latest,
-    load_checkpoint,
-    open_checkpoint,
-    step_directories,
-)
+from moss_train.checkpoint.hugging_face.source import HuggingFaceSource, SafetensorsFiles, weight_files
+from moss_train.checkpoint.store import CheckpointReader, checkpoint_digest, latest, open_checkpoint, step_directories
 from moss_train.engines.fit import require_fit
-from moss_train.engines.pieces import MemorySource, TensorSource
+from moss_train.engines.pieces import TensorSource
 from moss_train.engines.weights import NAMESPACE, named_weights
 from moss_train.errors import CheckpointError
 from moss_train.model.video_model import VideoModel
@@ -38,7 +28,7 @@ class Origin:
         """Tells these weights from others: a checkpoint's digest, or names and sizes of Hugging Face's files."""
         if not self.hugging_face:
             return checkpoint_digest(self.path)
-        listed = [[file.name, file.stat().st_size] for file in _safetensors(self.path)]
+        listed = [[file.name, file.stat().st_size] for file in weight_files(self.path)]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def check(self, model: VideoModel, tokenizer: StreamTokenizer) -> None:
@@ -47,13 +37,10 @@ class Origin:
 
         Names and shapes are compared; no tensor is read.
         """
-        if self.hugging_face:
-            canonical_weights(model, _headers(self.path), str(self.path))
+        source = self.source(model)
+        if not isinstance(source, CheckpointReader):
             return
-        prefix, shapes = f"{NAMESPACE}/", checkpoint_shapes(self.path)
-        shapes = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
-        require_fit(shapes, expected_shapes(model), str(self.path))
-        trained_with = load_checkpoint(self.path, only=()).provenance.get("tokenizer_fingerprint")
+        trained_with = source.provenance.get("tokenizer_fingerprint")
         if trained_with != tokenizer.fingerprint:
             raise CheckpointError(
                 f"{self.path} was trained with another tokenizer (fingerprint {trained_with}, this run's is "
@@ -66,13 +53,12 @@ class Origin:
         `model` is a whole one; on the meta device will do. What is not asked for is not read. CheckpointError when they
         do not fit `model`.
         """
-        if not self.hugging_face:
-            return open_checkpoint(self.path)
-        found: dict[str, torch.Tensor] = {}
-        for file in _safetensors(self.path):
-            found |= read_safetensors(file)
-        named = canonical_weights(model, found, str(self.path))
-        return MemorySource({f"{NAMESPACE}/{name}": tensor for name, tensor in named.items()}, str(self.path))
+        if self.hugging_face:
+            return HuggingFaceSource(SafetensorsFiles(self.path), model)
+        reader = open_checkpoint(self.path)
+        found = {name: shape for name, shape in reader.shapes().items() if name.startswith(f"{NAMESPACE}/")}
+        require_fit(found, expected_shapes(model), reader.origin)
+        return reader
 
 
 def expected_shapes(model: VideoModel) -> dict[str, tuple[int, ...]]:
@@ -90,7 +76,7 @@ def find_origin(path: str | Path) -> Origin:
         raise CheckpointError(f"{path}: no such checkpoint or folder")
     if (checkpoint := find_checkpoint(path)) is not None:
         return Origin(checkpoint, hugging_face=False)
-    if _safetensors(path):
+    if (path.is_dir() or path.suffix == ".safetensors") and weight_files(path):
         return Origin(path, hugging_face=True)
     raise CheckpointError(
         f"{path}: neither a checkpoint, nor a folder of a stage or run that holds one, nor Hugging Face safetensors"
@@ -110,20 +96,3 @@ def find_checkpoint(path: Path) -> Path | None:
     stages = [name for name, _ in load_run(path).ordered_stages()]
     found = [latest(path / name / "checkpoints") for name in reversed(stages)]
     return next((checkpoint for checkpoint in found if checkpoint is not None), None)
-
-
-def _safetensors(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
-
-
-def _headers(folder: Path) -> dict[str, torch.Tensor]:
-    """Tensors of the right shapes on the meta device, from the files' headers alone."""
-    found: dict[str, torch.Tensor] = {}
-    for file in _safetensors(folder):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():
-                    found[name] = torch.empty(opened.get_slice(name).get_shape(), device="meta")
-        except Exception as error:  # safetensors raises its own error type for a damaged header
-            raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
-    return found

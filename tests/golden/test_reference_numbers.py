@@ -69,7 +69,7 @@ def test_missing_and_extra_parameters_are_all_named(tmp_path):
     save_file(weights, tmp_path / "weights.safetensors")
     with pytest.raises(CheckpointError) as error:
         verify(VerifyOptions(**SET | {"weights": str(tmp_path / "weights.safetensors")}))
-    for name in ("language_model.lm_head.weight", "vision_model.layernorm_pre.bias", "layers.9.extra (3,)"):
+    for name in ("language_model.lm_head.weight", "vision_model.layernorm_pre.bias", "layers.9.extra [3]"):
         assert name in str(error.value)
 
 

@@ -1,10 +1,15 @@
 """The model without the video additions is Llama-3.2-Vision: compared with transformers' own Mllama, fp32."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from model_cases import pack, stream
+from safetensors.torch import save_file
 
-from moss_train.checkpoint.hugging_face import export_tensors, import_weights, normalise_reference_name
+from moss_train.checkpoint.hugging_face.mapping import export_tensors, normalise_reference_name
+from moss_train.checkpoint.hugging_face.source import HuggingFaceSource, SafetensorsFiles
+from moss_train.engines.weights import load_weights_into
 from moss_train.model.config import ModelConfig, RopeScaling, TextConfig, VisionConfig
 from moss_train.model.video_model import VideoModel
 
@@ -39,7 +44,7 @@ def transformers_model():
     return model
 
 
-def our_model(parallel_state) -> VideoModel:
+def our_model(parallel_state, weights: dict[str, torch.Tensor], folder: Path) -> VideoModel:
     config = ModelConfig(
         name="llama",
         vision=VisionConfig(
@@ -56,13 +61,16 @@ def our_model(parallel_state) -> VideoModel:
         cross_rope=False,
         reference_compat=True,
     )  # fmt: skip
-    return VideoModel(config, parallel_state.tensor_group)
+    model = VideoModel(config, parallel_state.tensor_group)
+    save_file(weights, folder / "model.safetensors")
+    load_weights_into(model, HuggingFaceSource(SafetensorsFiles(folder), model))
+    return model
 
 
-def test_agrees_with_transformers(parallel_state):
+def test_agrees_with_transformers(parallel_state, tmp_path):
     """Logits within 2e-5, loss within 1e-5, every gradient's norm within 1e-4 relative; leak included."""
-    theirs, ours = transformers_model(), our_model(parallel_state)
-    import_weights(ours, theirs.state_dict(), "transformers")
+    theirs = transformers_model()
+    ours = our_model(parallel_state, theirs.state_dict(), tmp_path)
     batch = pack([[stream(np.random.default_rng(0), frames=3, leading=4, window=2)]])
     frames = batch.frames_NCHW.shape[0]
     batch.frames_NCHW = torch.randn(frames, 3, 28, 28, generator=torch.Generator().manual_seed(1))
@@ -96,9 +104,9 @@ def test_agrees_with_transformers(parallel_state):
     assert compared == len(gradients)
 
 
-def test_import_then_export_is_bit_identical(parallel_state):
-    theirs, ours = transformers_model(), our_model(parallel_state)
-    import_weights(ours, theirs.state_dict(), "transformers")
+def test_import_then_export_is_bit_identical(parallel_state, tmp_path):
+    theirs = transformers_model()
+    ours = our_model(parallel_state, theirs.state_dict(), tmp_path)
     exported = export_tensors(ours, {n: p.detach() for n, p in ours.named_parameters()})
     state = {normalise_reference_name(name): tensor for name, tensor in theirs.state_dict().items()}
     assert exported.keys() == state.keys()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from moss_train.checkpoint.hugging_face import export_tensors
+from moss_train.checkpoint.hugging_face.mapping import export_tensors
 from moss_train.checkpoint.store import latest, load_checkpoint
 from moss_train.engines.megatron import MegatronEngine
 from moss_train.model.build import whole_model
