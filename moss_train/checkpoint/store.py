@@ -164,7 +164,7 @@ def begin_directory(directory: Path, step: int) -> Path:
 
 def partial_directory(directory: Path, step: int) -> Path:
     """Where a save of `step` writes before it is complete."""
-    return directory / f"{_PARTIAL}{_name(step)}"
+    return directory / f"{_PARTIAL}{step_name(step)}"
 
 
 def publish(directory: Path, step: int, parts: Sequence[dict[str, Any]], texts: Mapping[str, bytes]) -> Path:
@@ -172,7 +172,7 @@ def publish(directory: Path, step: int, parts: Sequence[dict[str, Any]], texts: 
 
     parts: what `write_part` gave, of every writer. OSError or CheckpointError when it cannot be.
     """
-    partial, final = partial_directory(directory, step), directory / _name(step)
+    partial, final = partial_directory(directory, step), directory / step_name(step)
     index, known = merge_parts(parts)
     files.write_durably(partial / INDEX, files.json_bytes(index, INDEX))
     for name, content in texts.items():
@@ -203,7 +203,7 @@ def intact_on_error(directory: Path, step: int) -> Iterator[None]:
 def cannot_write(directory: Path, step: int, error: object) -> str:
     """The message of a failed save."""
     return (
-        f"{directory / _name(step)}: cannot be written ({error}); earlier checkpoints are intact. "
+        f"{directory / step_name(step)}: cannot be written ({error}); earlier checkpoints are intact. "
         "Free space or mend permissions, then resume"
     )
 
@@ -283,7 +283,8 @@ def remove_checkpoint(path: Path) -> None:
     shutil.rmtree(trash)
 
 
-def _name(step: int) -> str:
+def step_name(step: int) -> str:
+    """The folder of a step's checkpoint."""
     return f"step_{step:08d}"
 
 

@@ -85,7 +85,7 @@ class MegatronState:
         whole = whole_shape(parameter, self._parallel.tensor_group)
         if kind is None or not parameter.numel():
             kept = parameter.detach() if kind in (None, optimizer_state.MAIN) else parameter.detach().float()
-            yield Piece(tensor_name, whole, offsets, kept), True
+            yield Piece(tensor_name, whole, offsets, kept, constant=kind is None), True
             return
         held = optimizer_state.held_state(self._optimizer, parameter)
         if kind not in held.tensors:

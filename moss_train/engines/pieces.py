@@ -23,6 +23,7 @@ class Piece:
     whole: Shape  #: shape of the whole tensor
     offsets: Shape  #: where the block begins in it
     tensor: torch.Tensor  #: the block; the engine's own memory, not a copy
+    constant: bool = False  #: nothing will change it, so that it need not be copied to be written later
 
 
 class TensorSource(Protocol):

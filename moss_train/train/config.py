@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from moss_train.checkpoint.config import CheckpointConfig
 from moss_train.data.config import DataConfig
 from moss_train.engines.config import EngineConfig, OptimConfig
 from moss_train.errors import ConfigError, MossTrainError
@@ -15,6 +16,7 @@ from moss_train.objectives.config import ObjectiveConfig
 from moss_train.parallel.config import LayoutConfig
 from moss_train.report.config import TrackingConfig
 from moss_train.streams.config import CompilerConfig, TokenizerConfig
+from moss_train.train.watchdog_config import WatchdogConfig
 
 RESUME = ("auto", "never")
 
@@ -125,6 +127,10 @@ class RunConfig:
     """Where metrics go."""
     evaluate: RunEvaluation = field(default_factory=RunEvaluation)
     """Held-out evaluation."""
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    """When a run counts as stalled and is ended."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """How checkpoints are written."""
 
     def validate(self) -> None:
         """Raise ConfigError for the first field that cannot be. Called once, after all overrides."""
@@ -136,7 +142,7 @@ class RunConfig:
             raise ConfigError(f"evaluate.judge={self.evaluate.judge!r}: legal values are {', '.join(JUDGES)}")
         if self.evaluate.during_training is not None and self.evaluate.during_training < 1:
             raise ConfigError(f"evaluate.during_training={self.evaluate.during_training}: must be at least 1, or null")
-        for part in (self.model, self.tokenizer, self.engine, self.tracking, self.evaluate.settings):
+        for part in (self.model, self.tokenizer, self.engine, self.tracking, self.evaluate.settings, self.watchdog):
             _validate(part)
         _validate(self.evaluate.decode, "evaluate.")
         self.check_layout()

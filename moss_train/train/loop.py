@@ -4,13 +4,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from moss_train.data.collate import padding_of_batches
 from moss_train.data.loader import GlobalStep, Loader
 from moss_train.engines.memory import MemoryFigures, measure_step
 from moss_train.engines.protocol import Engine, StepOutput
-from moss_train.parallel import groups
+from moss_train.parallel import groups, phases
 from moss_train.parallel.agreement import gather_lists
 from moss_train.report.tracker import Tracker
 from moss_train.train.config import StageConfig
@@ -35,26 +35,41 @@ class Progress:
         return asdict(self)
 
 
+class Checkpoints(Protocol):
+    """What the loop asks of whoever saves; every rank asks at the same steps."""
+
+    def save(self) -> None:
+        """Begin to save the last step taken."""
+
+    def settle(self) -> None:
+        """Note whether an earlier save has been completed; raise when it has failed."""
+
+
 def train(
     stage: StageConfig,
     engine: Engine,
     loader: Loader,
     tracker: Tracker,
     progress: Progress,
-    save: Callable[[], None],
+    checkpoints: Checkpoints,
     evaluate: Callable[[], dict[str, float]] | None,
     stop: StopRequest,
 ) -> int:
     """Train until `progress.total` steps are taken; returns 0, or the signal that asked to stop earlier.
 
-    `save` writes a checkpoint of the last step taken; it has been called on every way out but an exception.
+    A checkpoint of the last step taken has been begun on every way out but an exception.
     """
     device = groups.state().device
     batches = iter(loader)
     measured = False
+    if not progress.finished and (signal := stop.agreed(device)):
+        return signal  # nothing to save yet
     while not progress.finished:
         began = time.perf_counter()
-        batch = next(batches)
+        phases.begin_step(progress.step + 1)
+        with phases.phase("data"):
+            batch = next(batches)
+        phases.hold(batch.own_keys)
         train_step = partial(engine.train_step, batch.microbatches)
         if measured:
             output = train_step()
@@ -72,14 +87,17 @@ def train(
             tracker.event("quarantine", progress.step, key=fault.key, source=fault.source, reason=fault.reason)
 
         if evaluate is not None and _every(stage.eval_every, progress.step):
-            for name, value in evaluate().items():
+            with phases.phase("evaluate"):
+                figures = evaluate()
+            for name, value in figures.items():
                 tracker.record_metric(f"eval/{name}", value, reduce="last")
         if _every(stage.log_every, progress.step) or progress.step == 1 or progress.finished:
             tracker.commit(progress.step)
 
+        checkpoints.settle()
         signal = stop.agreed(device)
         if progress.finished or signal or _every(stage.save_every, progress.step):
-            save()
+            checkpoints.save()
         if signal and not progress.finished:
             return signal
     return 0

@@ -7,22 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from moss_train.checkpoint.provenance import collect_provenance
-from moss_train.checkpoint.random_state import capture_random_state, restore_random_state, seed_random_state
+from moss_train.checkpoint.random_state import (
+    capture_random_state,
+    restore_random_state,
+    seed_anew,
+    seed_random_state,
+)
 from moss_train.checkpoint.retention import apply_retention
-from moss_train.checkpoint.store import Checkpoint, latest, load_checkpoint, save_checkpoint
+from moss_train.checkpoint.saver import SaveFigures, Saver
+from moss_train.checkpoint.store import CheckpointReader, latest, load_checkpoint, open_together
 from moss_train.data.batch import FrameShare
 from moss_train.data.loader import Loader, build_loader
 from moss_train.engines import build_engine
-from moss_train.engines.pieces import MemorySource
+from moss_train.engines.pieces import Piece
 from moss_train.engines.protocol import Engine
 from moss_train.model.build import build_model, whole_model
 from moss_train.model.groups import trainable_names
 from moss_train.model.precision import Precision
 from moss_train.objectives.streaming_loss import StreamingLoss
-from moss_train.parallel import groups
+from moss_train.parallel import groups, phases
 from moss_train.parallel.agreement import gather_lists
 from moss_train.report.tracker import Tracker
 from moss_train.streams.tokenizer import StreamTokenizer
@@ -43,36 +48,58 @@ class _Stage:
     engine: Engine
     loader: Loader
     progress: Progress
+    saver: Saver
+    tracker: Tracker
     origin: str | None  #: fingerprint of the weights it started from
     provenance: dict[str, Any]  #: of what runs; collected once, since files may change under a run
 
     def save(self) -> None:
-        """Write a checkpoint of the last step taken; every rank must call it."""
-        state = self.engine.state_dict()
-        if groups.state().is_main:
-            save_checkpoint(
-                self.plan.checkpoints,
-                self.progress.step,
-                state.tensors | capture_random_state(),
-                {
-                    "stage": self.plan.name,
-                    "origin": self.origin,
-                    "progress": self.progress.to_json(),
-                    "loader": self.loader.state_dict(),
-                    "engine": state.metadata,
-                },
-                self.provenance,
-            )
-            apply_retention(self.plan.checkpoints, self.plan.config.keep)
-        if dist.get_world_size() > 1:
-            dist.barrier()
+        """Begin a checkpoint of the last step taken; every rank must call it. Training may go on when it returns."""
+        state = groups.state()
+        random_states = [
+            Piece(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor, constant=True)
+            for name, tensor in capture_random_state(state.rank).items()
+        ]
+        before = self.saver.begin(
+            self.progress.step,
+            [*self.engine.pieces(), *random_states],
+            {
+                "stage": self.plan.name,
+                "origin": self.origin,
+                "ranks": state.world_size,
+                "progress": self.progress.to_json(),
+                "loader": self.loader.state_dict(),
+                "engine": self.engine.metadata(),
+            },
+            self.provenance,
+        )
+        self._note(before)
+        self.tracker.record_metric("save/pause_s", self.saver.pause_s, reduce="max")
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def settle(self) -> None:
+        """Between steps: note it when the running save is complete, raise when it failed. Every rank must call it."""
+        self._note(self.saver.settle())
+
+    def finish(self) -> None:
+        """Wait for the running save. Every rank must call it."""
+        self._note(self.saver.finish())
+
+    def _note(self, saved: SaveFigures | None) -> None:
+        if saved is not None:
+            self.tracker.event(
+                "checkpoint", saved.step, pause_s=saved.pause_s, seconds=saved.seconds, bytes=saved.bytes
+            )
+
+    def restore(self, checkpoint: CheckpointReader, seed: int) -> None:
         """Go on from a checkpoint of this very stage, bit for bit in the layout that wrote it. Every process reads the
-        whole tensors' files, of which it copies its parts."""
-        self.engine.load(MemorySource(checkpoint.tensors, str(checkpoint.path)), checkpoint.state["engine"])
+        blocks it needs."""
+        self.engine.load(checkpoint, checkpoint.state["engine"])
         self.loader.load_state_dict(checkpoint.state["loader"])
-        restore_random_state(checkpoint.tensors)
+        state = groups.state()
+        if checkpoint.state["ranks"] == state.world_size:
+            restore_random_state(checkpoint.tensors(f"random/{state.rank}/"), state.rank)
+        else:
+            seed_anew(seed, checkpoint.step, state.rank)
         self.progress = Progress(**checkpoint.state["progress"])
 
 
@@ -95,6 +122,7 @@ def run_stage(
 
     Returns 0, or the signal that stopped it.
     """
+    phases.begin_stage()
     gc.collect()  # the model of the stage before lies in reference cycles
     state = groups.state()
     newest = latest(plan.checkpoints)
@@ -135,20 +163,23 @@ def run_stage(
         FrameShare(state.share_rank, state.share_ranks),
         # The interleaved schedule runs as many microbatches at a time as there are stages.
         run.layout.pp if run.layout.vpp > 1 else 1,
+        phases.wait_for,
     ) as loader:
         began_from = origin.fingerprint if origin is not None else None
         provenance = collect_provenance(resolved_dict(run), tokenizer.fingerprint)
-        stage = _Stage(plan, engine, loader, Progress(total=plan.steps), began_from, provenance)
+        saver = Saver(
+            plan.checkpoints,
+            retain=lambda directory: apply_retention(directory, plan.config.keep),
+            asynchronous=run.checkpoint.asynchronous,
+        )
+        stage = _Stage(plan, engine, loader, Progress(total=plan.steps), saver, tracker, began_from, provenance)
         if newest is not None:
-            stage.restore(load_checkpoint(newest))
+            stage.restore(open_together(newest), run.seed)
         tracker.start_stage(plan.name, plan.steps, stage.progress.step)
-
-        def save() -> None:
-            stage.save()
-            tracker.event("checkpoint", stage.progress.step)
-
         evaluate = partial(evaluator.figures, engine, model, plan.config.compiler) if evaluator is not None else None
-        signal = train(plan.config, engine, loader, tracker, stage.progress, save, evaluate, stop)
+        with phases.steps():
+            signal = train(plan.config, engine, loader, tracker, stage.progress, stage, evaluate, stop)
+        stage.finish()
         counters = loader.counters()
         tracker.event("data", stage.progress.step, **counters)
         if state.is_main and counters["masked"]:
