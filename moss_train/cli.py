@@ -27,6 +27,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data show": ("moss_train.data.show:show", "draw one sample: frames, who speaks when, what is trained"),
     "data stats": ("moss_train.data.stats:stats", "histograms of lengths, packing efficiency, balance of ranks"),
     "data check": ("moss_train.data.shards.check:check", "validate shards, samples and media"),
+    "convert import": ("moss_train.train.import_command:import", "Hugging Face weights to a checkpoint"),
+    "convert export": ("moss_train.train.export_command:export", "a checkpoint to a Hugging Face folder"),
     "convert verify": ("moss_train.checkpoint.verify:verify", "compare the model with reference outputs"),
     "eval": ("moss_train.train.evaluate_command:evaluate", "free-running figures of a checkpoint on packed streams"),
     "report": ("moss_train.train.pipeline_report:report", "a finished run against itself untrained, as a page"),

@@ -8,9 +8,10 @@ bytes one after the other. Files are read with the library.
 
 import hashlib
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,9 +35,22 @@ class WrittenFile:
     sha256: str
 
 
+@dataclass(frozen=True)
+class StreamedTensor:
+    """A tensor that is made block by block when it is its turn to be written, so that it never lies in memory whole."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterator[torch.Tensor]]  #: its elements in order, of `dtype`
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def write_safetensors(
     path: Path,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor | StreamedTensor],
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> WrittenFile:
@@ -74,9 +88,10 @@ def write_safetensors(
 
         put(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            content = _bytes_of(tensor)
-            for start in range(0, len(content), _CHUNK_BYTES):
-                put(content[start : start + _CHUNK_BYTES])
+            for block in tensor.blocks() if isinstance(tensor, StreamedTensor) else (tensor,):
+                content = _bytes_of(block)
+                for start in range(0, len(content), _CHUNK_BYTES):
+                    put(content[start : start + _CHUNK_BYTES])
         os.fsync(file.fileno())
     return WrittenFile(path.name, 8 + len(text) + begin, digest.hexdigest())
 

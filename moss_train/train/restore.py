@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from moss_train.checkpoint.store import load_checkpoint
+from moss_train.checkpoint.store import CheckpointReader, load_checkpoint, open_checkpoint
 from moss_train.engines.pieces import MemorySource
 from moss_train.engines.weights import NAMESPACE, load_weights_into
 from moss_train.errors import CheckpointError
@@ -24,21 +24,30 @@ def load_model(path: str | Path) -> tuple[VideoModel, StreamTokenizer, RunConfig
 
     Raises CheckpointError when there is no checkpoint, or it is damaged or made with another tokenizer.
     """
+    reader, tokenizer, run = open_trained(path)
+    state = groups.initialize(LayoutConfig(), run.seed)
+    model = build.whole_model(run.model, state, Precision.named(run.precision).dtype)
+    load_weights_into(model, Origin(reader.path, hugging_face=False).source(model))
+    return model.to(state.device).eval(), tokenizer, run
+
+
+def open_trained(path: str | Path) -> tuple[CheckpointReader, StreamTokenizer, RunConfig]:
+    """A checkpoint as `load_model` finds it, its tokenizer and the run that made it; no weight is read.
+
+    Errors are those of `load_model`.
+    """
     checkpoint = find_checkpoint(Path(path)) if Path(path).exists() else None
     if checkpoint is None:
         raise CheckpointError(f"{path}: no checkpoint there, nor in a stage's or run's folder of this name")
-    provenance = load_checkpoint(checkpoint, only=()).provenance
-    run = run_from_dict(provenance["config"])
+    reader = open_checkpoint(checkpoint)
+    run = run_from_dict(reader.provenance["config"])
     tokenizer = load_tokenizer(run.tokenizer)
-    if provenance.get("tokenizer_fingerprint") != tokenizer.fingerprint:
+    if reader.provenance.get("tokenizer_fingerprint") != tokenizer.fingerprint:
         raise CheckpointError(
-            f"{checkpoint} was trained with tokenizer {provenance.get('tokenizer_fingerprint')}, but "
+            f"{checkpoint} was trained with tokenizer {reader.provenance.get('tokenizer_fingerprint')}, but "
             f"tokenizer.path={run.tokenizer.path} is {tokenizer.fingerprint} by now: put the old one back"
         )
-    state = groups.initialize(LayoutConfig(), run.seed)
-    model = build.whole_model(run.model, state, Precision.named(run.precision).dtype)
-    load_weights_into(model, Origin(checkpoint, hugging_face=False).source(model))
-    return model.to(state.device).eval(), tokenizer, run
+    return reader, tokenizer, run
 
 
 def build_model(run: RunConfig) -> VideoModel:
