@@ -14,7 +14,7 @@ ORDER = [
 ]  # fmt: skip
 PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms}
 #: whoever has no room is a tool of all, and imports none of them
-TOOLS = {"errors", "locations", "redact", "cli_options"}
+TOOLS = {"errors", "exit_codes", "locations", "redact", "cli_options"}
 MEGATRON = {"parallel", "model", "engines"}
 
 

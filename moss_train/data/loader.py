@@ -22,7 +22,7 @@ from moss_train.data.config import DataConfig
 from moss_train.data.decoding.pool import DecodePool
 from moss_train.data.packing import RowLimits
 from moss_train.data.planning import Place, Planner, SourceCounts
-from moss_train.data.preparing import Prepared, Preparer
+from moss_train.data.preparing import Prepared, Preparer, Waits
 from moss_train.data.quarantine import Fault, Quarantine
 from moss_train.data.shards.storage import ShardStore
 from moss_train.data.sources import OpenBlend, SourceFigures, open_blend
@@ -45,6 +45,7 @@ class GlobalStep:
     data_wait_s: float  #: seconds the caller waited for this step
     masked: int  #: streams left out of the whole global batch because they are bad
     sources: dict[str, SourceCounts] = field(default_factory=dict)  #: what the whole global batch holds of each source
+    own_keys: list[str] = field(default_factory=list)  #: of this rank's rows
     imbalance: float = 1.0  #: estimated work of the data rank that has most ÷ the mean
     quarantined: list[Fault] = field(default_factory=list)  #: samples of all ranks that are new in the ledger
 
@@ -61,6 +62,7 @@ def build_loader(
     agree: Agree | None = None,
     frame_share: FrameShare = ALL_FRAMES,
     microbatch_multiple: int = 1,
+    waits: Waits | None = None,
 ) -> "Loader":
     """Open every source of the blend. `image_size` in pixels; `quarantine_path` is the ledger to append to.
 
@@ -69,6 +71,7 @@ def build_loader(
 
     Where there are several ranks of either kind, give the ledger's path to one of them and `agree`
     (`parallel.agreement.gather_lists`) to all: without it each rank masks and counts what it alone could not decode.
+    `waits` is told, by whichever thread prepares, which samples' frames it waits for.
     Raises ConfigError for illegal settings, DataError for sources that are missing, damaged or stale.
     """
     if not 0 <= data_rank < data_ranks:
@@ -88,7 +91,7 @@ def build_loader(
     pool = DecodePool.of(data, data.workers, store) if data.workers else None
     # Augmented streams differ from epoch to epoch, so keeping them would only fill memory.
     augmented = compiler.jitter_probability > 0
-    preparer = Preparer(data, opened, planner, quarantine, place, image_size, augmented, pool, store)
+    preparer = Preparer(data, opened, planner, quarantine, place, image_size, augmented, pool, store, waits)
     return Loader(opened, preparer, quarantine, agree)
 
 
@@ -186,6 +189,7 @@ class Loader:
             keys=prepared.keys,
             data_wait_s=time.perf_counter() - began,
             masked=len(masked),
+            own_keys=[prepared.keys[stream] for stream in plan.own()],
             sources=self._preparer.planner.counts(plan, sorted(masked)),
             imbalance=plan.imbalance,
             quarantined=quarantined,

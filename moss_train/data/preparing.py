@@ -5,7 +5,7 @@ them (`data.workers=0`) everything happens when a step is taken.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Set
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -29,6 +29,8 @@ from moss_train.streams.compiled import CompiledStream
 SHARDS_AHEAD = 8
 
 Position = tuple[int, int]  #: epoch, step within it
+#: told of the keys whose frames are waited for from now on, () when none are, and how long that may take at most, s
+Waits = Callable[[Sequence[str], float], None]
 
 
 @dataclass
@@ -69,6 +71,7 @@ class Preparer:
         augmented: bool,
         pool: DecodePool | None,
         store: ShardStore,
+        waits: Waits | None = None,
     ):
         self.planner = planner
         self.frames = FrameStore(pool, data.frame_cache_mb)
@@ -79,6 +82,7 @@ class Preparer:
         self._image_size = image_size
         self._augmented = augmented
         self._store = store
+        self._waits = waits or (lambda keys, patience_s: None)
         self._compiled = _CompiledCache(data.compiled_cache_mb)
         self._no_frames = torch.zeros((0, 3, image_size, image_size), dtype=torch.uint8)
         self._begun: deque[_Begun] = deque()
@@ -86,6 +90,10 @@ class Preparer:
         self._thread = ThreadPoolExecutor(1, "prepare") if pool is not None else None
         self._ready: tuple[Position, Future[Prepared]] | None = None
         self._remote = {n for n, corpus in enumerate(opened.corpora) if is_remote(corpus.index.shard_location(0))}
+        # A pass that served several samples and failed is decoded once more for each. In this process nothing ends it.
+        self._patience_s = 2 * data.decode_timeout_s if pool is not None else 0.0
+        if self._remote:
+            self._patience_s += (data.remote_retries + 1) * data.remote_timeout_s
         self._fetched: Position | None = None  #: the first step whose shards were not asked for yet
 
     def close(self) -> None:
@@ -136,10 +144,12 @@ class Preparer:
         for stream, pending in begun.frames.items():
             if self._is_bad(begun.plan, begun.keys, stream):
                 continue
+            self._waits([begun.keys[stream]], self._patience_s)
             try:
                 prepared.frames[stream] = pending.result()
             except SampleError as error:
                 prepared.faults.append(self._fault(begun.plan, stream, error, self._data.decoder))
+        self._waits((), 0.0)
         failed = {(fault.source, fault.key) for fault in prepared.faults}
         prepared.masked = {
             stream

@@ -20,6 +20,7 @@ from moss_train.parallel.frame_gather import (
     to_first_stage,
 )
 from moss_train.parallel.groups import ParallelState
+from moss_train.parallel.phases import beat
 
 
 @dataclass
@@ -77,6 +78,7 @@ class FrameFeatures:
 
     @torch.no_grad()
     def _encode_ahead(self, batch: Batch, plan: SharePlan) -> _Encoded:
+        beat()
         pooled_NPD = None
         pixels = self._pixels(batch)
         if self._returns_gradients and not self._trains_tower and len(pixels):
@@ -88,6 +90,7 @@ class FrameFeatures:
         return _Encoded(batch, plan, own_NPH, pooled_NPD, brought_NPH)
 
     def _backward_one(self, encoded: _Encoded) -> None:
+        beat()
         grad = encoded.brought_NPH.grad if encoded.brought_NPH is not None else None
         if encoded.brought_NPH is not None and grad is None:
             grad = torch.zeros_like(encoded.brought_NPH)

@@ -36,6 +36,7 @@ from moss_train.engines.full_tensors import Entry, collect_on_main, require_name
 from moss_train.engines.gradients import sum_gradients
 from moss_train.engines.learning_rate import LearningRate
 from moss_train.engines.megatron_state import OPTIMIZER, MegatronState
+from moss_train.engines.neighbours import watched_messages
 from moss_train.engines.pieces import Piece, TensorSource
 from moss_train.engines.protocol import EngineState, StepOutput
 from moss_train.engines.stages import DecoderChunk, FrameEncoder
@@ -51,6 +52,7 @@ from moss_train.objectives.figures import LossFigures, statistics
 from moss_train.objectives.streaming_loss import StreamingLoss
 from moss_train.parallel.frame_gather import SharePlan
 from moss_train.parallel.message import message_length
+from moss_train.parallel.phases import beat, phase
 
 
 class MegatronEngine:
@@ -96,6 +98,7 @@ class MegatronEngine:
         self._state = MegatronState(model, self._trained, self._optimizer, self._moments, self._parallel)
         self._megatron.grad_scale_func = self._optimizer.scale_loss
         self._schedule = get_forward_backward_func()
+        self._messages = watched_messages(self._megatron) if self._parallel.pipeline_ranks > 1 else {}
 
     def train_step(self, microbatches: Sequence[Batch], loss_limit: float | None = None) -> StepOutput:
         """See `protocol.Engine.train_step`."""
@@ -103,7 +106,13 @@ class MegatronEngine:
             wrapped.train()
             wrapped.zero_grad_buffer()
         self._optimizer.zero_grad()
-        figures = self._run_schedule(microbatches, forward_only=False)
+        with phase("forward"):
+            figures = self._run_schedule(microbatches, forward_only=False)
+        with phase("reduce"):
+            return self._take_step(figures, loss_limit)
+
+    def _take_step(self, figures: LossFigures, loss_limit: float | None) -> StepOutput:
+        """Sum the gradients and update the weights, unless something says not to."""
         sum_gradients(self._chunks, self._encoder_ddp, self._parallel)
         rates = self._set_learning_rates()
         overflowed = self._optimizer.prepare_grads()
@@ -331,6 +340,7 @@ class MegatronEngine:
                 seq_length=step.message_length * multiple * state.frame_ranks,
                 micro_batch_size=1,
                 forward_only=forward_only,
+                **self._messages,
             )
             self._frames.finish()
         return LossFigures.from_statistics(self._summed(outputs), self._objective.sources)
@@ -435,6 +445,7 @@ class _Step:
 
     def forward(self, number: int, chunk: DistributedDataParallel) -> torch.Tensor:
         """Run one chunk on microbatch `number`."""
+        beat()
         batch, plan = self._batches[number], self._plans[number]
         if number not in self._inputs:
             held = None if plan.frames == batch.frames else (plan.first, plan.end)

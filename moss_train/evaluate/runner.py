@@ -19,6 +19,7 @@ from moss_train.evaluate.metrics import streaming_figures
 from moss_train.evaluate.schedule import Schedule, read_stream
 from moss_train.evaluate.teacher_forced import teacher_forced_transcripts
 from moss_train.evaluate.transcript import StreamTranscript
+from moss_train.parallel.phases import beat
 from moss_train.streams.compiled import CompiledStream, FrameRequest
 from moss_train.streams.compiler import compile_sample
 from moss_train.streams.config import CompilerConfig
@@ -142,6 +143,7 @@ def _prepare(
     for number in range(len(corpus)):
         if limit is not None and len(prepared) == limit:
             break
+        beat()
         try:
             sample = corpus.sample(number)
             if isinstance(sample, StreamSample):
@@ -163,6 +165,7 @@ def _batches(
         batch = []
         for stream in ordered[start : start + size]:
             compiled = stream.compiled
+            beat()
             try:
                 frames_FCHW = corpus.frames(stream.number, compiled.frames)
                 batch.append(_Loaded(compiled, stream.schedule, stream.transcript, frames_FCHW))
@@ -192,6 +195,7 @@ def free_running(
     outputs: list[list[SlotOutput]] = [[] for _ in streams]
     shown = [0] * len(streams)
     for index in range(max(len(stream.schedule.steps) for stream in streams)):
+        beat()
         steps = {
             row: stream.schedule.steps[index]
             for row, stream in enumerate(streams)
@@ -229,6 +233,7 @@ def _teacher_forced(model: Any, streams: Sequence[_Loaded], tokenizer: StreamTok
     rows = max(1, _LOGIT_BYTES // (4 * longest * tokenizer.vocabulary_size))
     finished = []
     for start in range(0, len(streams), rows):
+        beat()
         part = streams[start : start + rows]
         batch = collate([[(stream.compiled, stream.frames_FCHW)] for stream in part])
         compiled = [stream.compiled for stream in part]

@@ -16,24 +16,30 @@ Train a recipe: moss-train train recipe=<name> [key=value …]
   stages.NAME.init=PATH  start from a checkpoint, a stage's or run's folder, or Hugging Face safetensors; or: scratch
   output_dir=DIR         checkpoints and reports; running the same command again goes on where it stopped
   dry_run=true           check everything, print the resolved pipeline and stop
+  watchdog.stall_s=N     seconds without progress after which the run is ended with a report; null: never
   recipes=DIR            a folder of your own recipe files beside the shipped ones
 
   On several processes: torchrun --nproc-per-node 8 -m moss_train train recipe=…
-  Every field with its meaning: docs/recipes.md"""
+  Every field with its meaning: docs/recipes.md; signals, exit codes, restarts: docs/recovery.md"""
 
 
 def train_command(arguments: Sequence[str]) -> int:
-    """Compose, check and train; the exit code is 128 + signal when a signal stopped the run after a saved step."""
-    from moss_train.train.compose import compose_run
+    """Compose, check and train; the exit codes stand in `moss_train.exit_codes`."""
+    from moss_train.train.signals import StopRequest, exit_code
 
-    run = compose_run(arguments)
+    with StopRequest() as stop:  # before the imports below, which take seconds
+        from moss_train.train.compose import compose_run
 
-    from moss_train.parallel import groups
-    from moss_train.train.pipeline import run_pipeline
-    from moss_train.train.signals import exit_code
+        run = compose_run(arguments)
 
-    try:
-        signal = run_pipeline(run)
-    finally:
-        groups.shutdown()
-    return exit_code(signal) if signal else 0
+        from moss_train.parallel import groups
+        from moss_train.train.pipeline import run_pipeline
+        from moss_train.train.watchdog import PeerLost, end_without
+
+        try:
+            signal = run_pipeline(run, stop)
+        except PeerLost as lost:
+            end_without(lost)
+        finally:
+            groups.shutdown()
+        return exit_code(signal)

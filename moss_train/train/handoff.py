@@ -2,6 +2,7 @@
 tokenizer and the data? The model is built on the meta device and the data are known from their indexes alone, so a
 mistake in the last stage costs seconds, not the run."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +178,9 @@ def _check_progress(
     newest = latest(plan.checkpoints)
     if newest is None:
         return
-    if run.resume == "never":
+    # A worker that torchrun has started again meets the checkpoints of its own run.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if run.resume == "never" and not restarted:
         raise ConfigError(f"resume=never, but {newest} exists: choose another output_dir, or resume=auto")
     checkpoint = load_checkpoint(newest, only=())
     _check_same_run(run, plan, tokenizer, checkpoint)

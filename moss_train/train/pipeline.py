@@ -19,14 +19,25 @@ from moss_train.train.evaluation import Evaluator
 from moss_train.train.handoff import StagePlan, plan_pipeline
 from moss_train.train.signals import StopRequest
 from moss_train.train.stage import finished, run_stage
+from moss_train.train.watchdog import Watchdog
 from moss_train.train.weights import Origin, find_origin
 
 
-def run_pipeline(run: RunConfig) -> int:
+def run_pipeline(run: RunConfig, stop: StopRequest | None = None) -> int:
     """Train every stage that is not finished yet; returns 0, or the number of the signal that stopped it.
 
     Nothing is written and no weight is made before every stage has passed the checks of `plan_pipeline`.
+    `stop`: entered already, so that no signal before this call is lost; None enters one.
+    Raises PeerLost when another process of the job is gone.
     """
+    if stop is None:
+        with StopRequest() as stop:
+            return run_pipeline(run, stop)
+    with Watchdog(run.watchdog) as watchdog:
+        return _run_stages(run, stop, watchdog)
+
+
+def _run_stages(run: RunConfig, stop: StopRequest, watchdog: Watchdog) -> int:
     tokenizer = load_tokenizer(run.tokenizer)
     if run.model.text.vocabulary_size is None:
         run.model.text.vocabulary_size = tokenizer.vocabulary_size
@@ -34,21 +45,20 @@ def run_pipeline(run: RunConfig) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     Precision.named(run.precision).check_supported(device)
     state = groups.initialize(run.layout, run.seed)
+    watchdog.connect(state)
     plans = plan_pipeline(run, tokenizer)
     if state.is_main:
         print(describe(run, plans), flush=True)
-    if run.dry_run:
-        return 0
+    signal = stop.agreed(state.device)
+    if signal or run.dry_run:
+        return signal
     output = Path(run.output_dir)
     if state.is_main:
         output.mkdir(parents=True, exist_ok=True)
         save_run(run, output)
     evaluator = Evaluator(run, tokenizer) if run.evaluate.source is not None else None
     before: StagePlan | None = None
-    with (
-        StopRequest() as stop,
-        Tracker(run.tracking, output, run.name, resolved_dict(run), main=state.is_main) as tracker,
-    ):
+    with Tracker(run.tracking, output, run.name, resolved_dict(run), main=state.is_main) as tracker:
         for plan in plans:
             if not finished(plan):
                 signal = run_stage(run, plan, _origin(plan, before), tokenizer, tracker, evaluator, stop)

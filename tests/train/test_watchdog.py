@@ -1,0 +1,159 @@
+"""A rank that stalls is found and named, and the job ended; in real processes, with seconds for minutes."""
+
+import os
+import signal
+import time
+
+import pytest
+from watched_jobs import endless, training
+
+from moss_train.errors import ConfigError
+from moss_train.exit_codes import STALLED
+from moss_train.train.peers import Beat
+from moss_train.train.stall_report import culprit
+from moss_train.train.watchdog_config import WatchdogConfig
+
+SECONDS = 60  #: for a job to begin, stall, be found out and end: a few, but the machine may be busy
+
+
+def hang() -> None:
+    time.sleep(3600)
+
+
+def stall_in_data(rank: int) -> None:
+    """On rank 1 the decoding of a clip never ends."""
+    from moss_train.data import frame_store
+
+    run_job, decoded = frame_store.run_job, 0
+
+    def hanging(decode_job, store):
+        nonlocal decoded
+        decoded += 1
+        if rank == 1 and decoded == 4:
+            print(f"HANGS OVER {decode_job.key}", flush=True)
+            hang()
+        return run_job(decode_job, store)
+
+    frame_store.run_job = hanging
+
+
+def stall_in_forward(rank: int) -> None:
+    """On rank 1 the third step's forward pass never ends."""
+    from moss_train.engines.megatron import _Step
+    from moss_train.parallel.phases import activity
+
+    forward = _Step.forward
+
+    def hanging(step, number, chunk):
+        if rank == 1 and activity().step == 3:
+            print(f"HANGS OVER {', '.join(activity().keys)}", flush=True)
+            hang()
+        return forward(step, number, chunk)
+
+    _Step.forward = hanging
+
+
+def stall_holding_the_interpreter(rank: int) -> None:
+    """On rank 1 a step enters compiled code that lets no other thread run."""
+    import ctypes
+
+    from moss_train.engines.megatron import MegatronEngine
+    from moss_train.parallel.phases import activity
+
+    take_step, began = MegatronEngine._take_step, time.monotonic()
+
+    def hanging(engine, *arguments):
+        nonlocal began
+        if activity().step == 3:
+            began = time.monotonic()
+        # So late that its heartbeats have told of steps whose times are known.
+        if rank == 1 and activity().step > 3 and time.monotonic() - began > 2.0:
+            ctypes.PyDLL(None).sleep(3600)
+        return take_step(engine, *arguments)
+
+    MegatronEngine._take_step = hanging
+
+
+@pytest.mark.parametrize(
+    ("mischief", "phase", "more"),
+    [
+        (stall_in_data, "data", ["stages.*.data.frame_cache_mb=0"]),
+        (stall_in_forward, "forward", []),
+        (stall_in_forward, "forward", ["layout.pp=2", "model.text.layers=4", "model.text.cross_layers=[1,3]"]),
+    ],
+    ids=["data", "forward", "pipeline"],
+)
+def test_the_rank_at_fault_is_reported_once(small, tmp_path, mischief, phase, more):
+    with endless(small, tmp_path, mischief=mischief, more=more) as job:
+        assert job.exit_codes(SECONDS) == [STALLED, STALLED]
+    words = job.words()
+    assert words.count("STALLED: ") == 1
+    place = "pp 1" if more and "pp" in more[0] else "dp 1"
+    assert f"STALLED: rank 1 ({place}) has shown no sign of life in phase {phase} for " in words
+    assert f"step {2 if phase == 'data' else 3}, phase {phase}; process {job.pid(1)}" in words
+    assert words.partition("HANGS OVER ")[2].splitlines()[0] in words.partition("samples   ")[2].splitlines()[0]
+    assert "in hang: time.sleep(3600)" in words.partition("MainThread:")[2]
+    other = words.partition("The others:\n")[2].splitlines()[0]
+    assert other.startswith("  rank 0 (") and "waiting for others in" in other
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_process(small, tmp_path, rank):
+    """Rank 0 keeps the store by which the processes know of each other."""
+    with endless(small, tmp_path) as job:
+        job.wait_until(training(job))
+        os.kill(job.pid(rank), signal.SIGSTOP)
+        assert job.exit_codes(SECONDS, [1 - rank]) == [STALLED]
+        words = job.words()
+        assert words.count("STALLED: ") == 1
+        if rank == 1:
+            assert "STALLED: rank 1 (dp 1) has given no heartbeat for " in words
+            assert f"it is stopped (SIGSTOP, or a debugger; kill -CONT {job.pid(1)} lets it go on)" in words
+        else:
+            assert f"STALLED: rank 0 (dp 0) is stopped (SIGSTOP, or a debugger; kill -CONT {job.pid(0)} " in words
+            assert "the store of the job" in words
+
+
+def test_an_interpreter_that_is_held(small, tmp_path):
+    with endless(small, tmp_path, mischief=stall_holding_the_interpreter) as job:
+        assert job.exit_codes(SECONDS, [0]) == [STALLED]
+        assert "STALLED: rank 1 (dp 1) has given no heartbeat for " in job.words()
+        assert "stuck in compiled code" in job.words()
+        # Its own stacks come from a timer that needs no interpreter.
+        job.wait_until(lambda: "_take_step" in job.words_of(1) or "in hanging" in job.words_of(1), 30)
+
+
+def test_one_process_alone(small, tmp_path):
+    with endless(small, tmp_path, ranks=1, mischief=stall_alone) as job:
+        assert job.exit_codes(SECONDS) == [STALLED]
+        assert "STALLED: this process has shown no sign of life in phase forward" in job.words()
+        assert "in hang: time.sleep(3600)" in job.words()
+
+
+def stall_alone(rank: int) -> None:
+    stall_in_forward(1)
+
+
+def beat(rounds=5, phase="forward", quiet_s=60.0, allowed_s=50.0, **more):
+    return Beat(rounds=rounds, phase=phase, quiet_s=quiet_s, allowed_s=allowed_s, **more)
+
+
+def test_the_culprit_is_who_the_others_wait_for():
+    waiting = beat(phase="reduce", waiting="all_reduce")
+    assert culprit({0: waiting, 1: beat()}) == 1, "an earlier phase"
+    assert culprit({0: beat(rounds=6, phase="data", waiting="all_gather"), 1: beat(phase="save")}) == 1, "a step behind"
+    assert culprit({0: beat(phase="p2p"), 1: beat(), 2: beat(waiting="all_reduce")}) == 1, "at work"
+    assert culprit({0: waiting, 1: beat(phase="data", quiet_s=3.0)}) is None, "it takes its time, and gets it"
+    assert culprit({0: waiting, 1: beat(phase="evaluate", rounds=4, quiet_s=3.0)}) is None, "evaluates meanwhile"
+    assert culprit({0: waiting, 1: beat(rounds=1, done=True)}) == 0, "who has finished holds up nobody"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("stall_s", 0.0), ("stall_s", -1.0), ("start_s", 10.0), ("slow_factor", 0.5)]
+)
+def test_settings_that_cannot_be(field, value):
+    config = WatchdogConfig()
+    setattr(config, field, value)
+    with pytest.raises(ConfigError, match=f"watchdog.{field}={value}"):
+        config.validate()
+    WatchdogConfig(stall_s=None).validate()
