@@ -4,15 +4,15 @@ Nothing is communicated: who saves what several processes hold follows from thei
 blocks from a source.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from megatron.core.optimizer import ChainedOptimizer
 
 from moss_train.engines import optimizer_state
-from moss_train.engines.pieces import Piece, Shape, TensorSource, blocks_of_run, slices_of
+from moss_train.engines.pieces import Piece, Shape, TensorSource, blocks_of_run
 from moss_train.engines.weights import NAMESPACE
 from moss_train.model.video_model import VideoModel
 from moss_train.parallel.groups import ParallelState
@@ -20,15 +20,25 @@ from moss_train.parallel.slices import is_split, own_offsets, whole_shape
 
 OPTIMIZER = "optimizer"  #: namespace of the moments among a checkpoint's tensors
 
-Item = TypeVar("Item")
-
 
 @dataclass(frozen=True)
 class Replicas:
     """The processes that hold the same blocks, in the same order, as this one."""
 
-    count: int
-    own: int  #: this one's number among them
+    axes: tuple[tuple[str, int, int], ...]  #: along which they differ: name, how many, and this one's number
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return math.prod(size for _, size, _ in self.axes)
+
+    @property
+    def own(self) -> int:
+        """This one's number among them."""
+        number = 0
+        for _, size, rank in self.axes:
+            number = number * size + rank
+        return number
 
 
 class MegatronState:
@@ -108,49 +118,31 @@ class MegatronState:
         """Who else holds the same: over tensor-parallel processes what is not split, over the stages the encoder where
         all of them have it, over data and frame ranks what is not sharded over these."""
         state = self._parallel
-        axes: list[tuple[int, int]] = []
+        axes = []
         if over_data:
-            group = state.data_frame_group
-            axes.append((group.size(), group.rank()))
+            axes.append(("data", state.data_frame_group.size(), state.data_frame_group.rank()))
         if name.startswith(("vision_tower.", "projector.")) and state.layout.sharding == "model_parallel":
-            axes.append((state.pipeline_ranks, state.pipeline_rank))
+            axes.append(("pipeline", state.pipeline_ranks, state.pipeline_rank))
         if not is_split(parameter):
-            axes.append((state.tensor_ranks, state.tensor_rank))
-        count, own = 1, 0
-        for size, rank in axes:
-            count, own = count * size, own * size + rank
-        return Replicas(count, own)
+            axes.append(("tensor", state.tensor_ranks, state.tensor_rank))
+        return Replicas(tuple(axes))
 
 
 def own_part(pieces: Sequence[Piece], replicas: Replicas) -> list[Piece]:
     """Of pieces that several processes hold, in the same order, those that this one saves: each gets a run of them, of
     about equal bytes."""
-    return cut_evenly(pieces, replicas, lambda piece: piece.tensor.nbytes)
-
-
-def cut_evenly(items: Sequence[Item], replicas: Replicas, weight: Callable[[Item], int]) -> list[Item]:
-    """The run of `items` whose middles lie in this replica's part of the summed weights."""
-    total = sum(map(weight, items))
-    begin, end = (total * number / replicas.count for number in (replicas.own, replicas.own + 1))
-    chosen, before = [], 0.0
-    for item in items:
-        middle = before + weight(item) / 2
-        before += weight(item)
-        if begin <= middle < end or (middle >= total and replicas.own == replicas.count - 1):
-            chosen.append(item)
+    total = sum(piece.tensor.nbytes for piece in pieces)
+    chosen, before = [], 0
+    for piece in pieces:
+        # Whose part the piece's middle lies in; all decide alike, so each piece has one owner.
+        middle = before + piece.tensor.nbytes / 2
+        before += piece.tensor.nbytes
+        owner = min(int(middle * replicas.count / total), replicas.count - 1) if total else 0
+        if owner == replicas.own:
+            chosen.append(piece)
     return chosen
 
 
 def read_block(source: TensorSource, name: str, offsets: Shape, shape: Shape, target: torch.Tensor) -> None:
     """Copy a block of `source` into `target`, which has its shape; rounded where `target` is less precise."""
     target.copy_(source.read(name, offsets, shape))
-
-
-def assembled(pieces: Iterable[Piece]) -> dict[str, torch.Tensor]:
-    """Whole tensors from the pieces of all processes."""
-    tensors: dict[str, torch.Tensor] = {}
-    for piece in pieces:
-        if piece.name not in tensors:
-            tensors[piece.name] = torch.empty(piece.whole, dtype=piece.tensor.dtype)
-        tensors[piece.name][slices_of(piece.offsets, tuple(piece.tensor.shape))] = piece.tensor
-    return tensors
