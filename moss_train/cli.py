@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from moss_train import __version__
 from moss_train.errors import ConfigError, MossTrainError
+from moss_train.exit_codes import INTERRUPTED, MISTAKE
 
 #: verb → (module : stem, line that help shows). The module holds `<stem>_command` and `<Stem>Options`.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -57,13 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(arguments)
     except MossTrainError as error:
         print(f"error: {_message(str(error))}", file=sys.stderr)
-        return 2
+        return MISTAKE
     except OSError as error:  # a folder that cannot be written, a full disk, a file that is not there
         print(f"error: {_message(_describe(error))}", file=sys.stderr)
-        return 2
+        return MISTAKE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def _message(text: str) -> str:
