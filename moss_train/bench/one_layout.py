@@ -74,7 +74,7 @@ def measure(rank: int, ranks: int, work: Work, steps: int) -> RankFigures:
     gc.collect()
     with LiveTensors() as live:
         foreign = live.current
-    engine, batches, labels = _prepare(work, steps)
+    engine, batches, labels = prepare(work, steps)
     with Traffic() as traffic:
         output, memory = measure_step(lambda: engine.train_step(batches), groups.state().device)
     microbatches = [Microbatch(b.rows, b.ids_RT.shape[1], b.frames, n) for b, n in zip(batches, labels, strict=True)]
@@ -87,12 +87,12 @@ def measure(rank: int, ranks: int, work: Work, steps: int) -> RankFigures:
 
 def time_only(rank: int, ranks: int, work: Work, steps: int) -> tuple[float, ...]:
     """A job as `measure`, for the seconds alone: one step to warm up, then `steps` timed ones."""
-    engine, batches, _ = _prepare(work, steps)
+    engine, batches, _ = prepare(work, steps)
     engine.train_step(batches)
     return _timed(engine, batches, steps)
 
 
-def _prepare(work: Work, steps: int) -> tuple[Engine, list[Batch], list[int]]:
+def prepare(work: Work, steps: int) -> tuple[Engine, list[Batch], list[int]]:
     """Engine, this process's microbatches, and how many labels each trains."""
     state = groups.initialize(work.layout, seed=work.seed)
     model = build_model(work.model, state, recompute=work.recompute, seed=work.seed)

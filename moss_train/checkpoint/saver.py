@@ -53,6 +53,10 @@ class _Running:
     progress: int = 0  #: grows while something is written
 
 
+class _GivenUp(Exception):
+    """Another process could not write its part, so that ours is of no use."""
+
+
 class Saver:
     """The saves of one stage. Every process has one and calls its methods at the same steps.
 
@@ -158,7 +162,7 @@ class Saver:
         def progress() -> None:
             running.progress += 1
             if running.stop.is_set():
-                raise CheckpointError("given up, because another process could not write its part")
+                raise _GivenUp
 
         try:
             part = write_part(partial, self._rank, copies, self._file_bytes, progress)
@@ -169,6 +173,8 @@ class Saver:
                 path = store.publish(self._directory, running.step, parts, texts)
                 self._retain(self._directory)
                 running.path = path
+        except _GivenUp:
+            pass
         except OSError as error:
             running.error = store.cannot_write(self._directory, running.step, error)
         except Exception as error:  # told to every process by `settle` or `finish`

@@ -23,7 +23,7 @@ from moss_train.errors import CheckpointError
 
 INDEX = "index.json"
 #: A file is closed when the next slice would make it larger than this: small enough that several are hashed at a time.
-FILE_BYTES = 512 * 1024**2
+FILE_BYTES = 128 * 1024**2
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
