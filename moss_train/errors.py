@@ -24,3 +24,7 @@ class DataError(MossTrainError):
 
 class CheckpointError(MossTrainError):
     """A checkpoint is missing, incomplete, damaged or does not fit the model that should load it."""
+
+
+class TrainingError(MossTrainError):
+    """Training must not go on as it is: too many steps were skipped, or the loss has jumped."""

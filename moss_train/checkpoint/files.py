@@ -94,6 +94,20 @@ def verified_manifest(directory: Path, share: tuple[int, int] = (0, 1)) -> dict[
     share: (number, count) of the readers that divide the contents among them; sizes are compared by each.
     CheckpointError names the first file that is missing, cut, changed, or not a plain file of this directory.
     """
+    content = read_manifest(directory)
+    try:
+        listed = content["files"]
+        seen = (content["digest"], *(_state(directory, name, entry["bytes"]) for name, entry in listed.items()))
+        if _verified.get(directory.resolve()) != seen:
+            _check_contents(directory, dict(list(listed.items())[share[0] :: share[1]]))
+            _verified[directory.resolve()] = seen
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{directory / MANIFEST}: damaged, or not of the format {FORMAT}: {error!r}") from error
+    return content
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest, compared with itself alone: what was saved, whether or not the files are still that."""
     manifest = directory / MANIFEST
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such checkpoint")
@@ -101,13 +115,8 @@ def verified_manifest(directory: Path, share: tuple[int, int] = (0, 1)) -> dict[
         raise CheckpointError(f"{directory}: {MANIFEST} is missing, so the checkpoint was never finished or is damaged")
     content = read_json(manifest)
     try:
-        step, listed = content["step"], content["files"]
-        if content["format"] != FORMAT or manifest.read_bytes() != _manifest_bytes(step, listed):
+        if content["format"] != FORMAT or manifest.read_bytes() != _manifest_bytes(content["step"], content["files"]):
             raise ValueError("it is not what was written")
-        seen = (content["digest"], *(_state(directory, name, entry["bytes"]) for name, entry in listed.items()))
-        if _verified.get(directory.resolve()) != seen:
-            _check_contents(directory, dict(list(listed.items())[share[0] :: share[1]]))
-            _verified[directory.resolve()] = seen
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{manifest}: damaged, or not of the format {FORMAT}: {error!r}") from error
     return content

@@ -275,6 +275,14 @@ def step_directories(directory: Path) -> dict[int, Path]:
     return {int(match[1]): path for match, path in matches if match}
 
 
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint that `latest` gave."""
+    match = _STEP.fullmatch(path.name.removeprefix(_REPLACED))
+    if match is None:
+        raise ValueError(f"{path}: not the directory of a step")
+    return int(match[1])
+
+
 def remove_checkpoint(path: Path) -> None:
     """Delete one step directory; killed half-way, it leaves nothing that looks like a checkpoint."""
     trash = path.with_name(f"{_TRASH}{path.name}")

@@ -42,12 +42,18 @@ class GlobalStep:
     step: int  #: within the epoch
     microbatches: list[Batch]  #: this rank's; every rank has as many
     keys: list[str]  #: of the whole global batch, masked samples included
+    key_sources: list[str]  #: of each key, the name of its source
     data_wait_s: float  #: seconds the caller waited for this step
     masked: int  #: streams left out of the whole global batch because they are bad
     sources: dict[str, SourceCounts] = field(default_factory=dict)  #: what the whole global batch holds of each source
     own_keys: list[str] = field(default_factory=list)  #: of this rank's rows
     imbalance: float = 1.0  #: estimated work of the data rank that has most ÷ the mean
     quarantined: list[Fault] = field(default_factory=list)  #: samples of all ranks that are new in the ledger
+
+    @property
+    def samples(self) -> list[tuple[str, str]]:
+        """(source, key) of every stream of the whole global batch, in its order."""
+        return list(zip(self.key_sources, self.keys, strict=True))
 
 
 def build_loader(
@@ -187,6 +193,7 @@ class Loader:
             step=plan.step,
             microbatches=microbatches,
             keys=prepared.keys,
+            key_sources=[self._opened.corpora[source].name for source in plan.sources],
             data_wait_s=time.perf_counter() - began,
             masked=len(masked),
             own_keys=[prepared.keys[stream] for stream in plan.own()],

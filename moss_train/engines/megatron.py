@@ -115,17 +115,18 @@ class MegatronEngine:
         """Sum the gradients and update the weights, unless something says not to."""
         sum_gradients(self._chunks, self._encoder_ddp, self._parallel)
         rates = self._set_learning_rates()
-        overflowed = self._optimizer.prepare_grads()
+        overflowed = bool(self._optimizer.prepare_grads())
         grad_norm = float(self._optimizer.get_grad_norm())
         # Loss and norm are sums over every rank, so all ranks come to the same verdict.
-        skipped = bool(overflowed) or not (math.isfinite(figures.loss) and math.isfinite(grad_norm))
+        skipped = overflowed or not (math.isfinite(figures.loss) and math.isfinite(grad_norm))
         skipped = skipped or (loss_limit is not None and figures.loss > loss_limit)
         if not skipped:
             self._clip(grad_norm)
             self._optimizer.step_with_ready_grads()
         self.step += 1
         self.skipped_steps += skipped
-        return StepOutput(**vars(figures), grad_norm=grad_norm, lr=rates, skipped=skipped)
+        expected = overflowed and math.isfinite(figures.loss) and self._scale_can_fall()
+        return StepOutput(**vars(figures), grad_norm=grad_norm, lr=rates, skipped=skipped, overflowed=expected)
 
     @torch.no_grad()
     def eval_step(self, microbatches: Sequence[Batch]) -> LossFigures:
@@ -220,6 +221,12 @@ class MegatronEngine:
     @property
     def _moments(self) -> tuple[str, ...]:
         return optimizer_state.MOMENTS if self._optim.name == "adamw" else ()
+
+    def _scale_can_fall(self) -> bool:
+        """Whether the loss scale answers overflows, and is not at its lowest yet."""
+        scaler = self._optimizer.chained_optimizers[0].grad_scaler if self._half else None
+        least = getattr(scaler, "min_scale", None)  # a constant scale has none
+        return least is not None and bool(scaler.scale > least)
 
     def _wrap(self) -> None:
         """Wrap the decoder's chunks and the encoder, which is a chunk of its own: other processes hold it, and its

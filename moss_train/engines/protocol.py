@@ -20,6 +20,7 @@ class StepOutput(LossFigures):
     grad_norm: float  #: norm of the whole gradient before clipping, measured with clipping off too
     lr: dict[str, float]  #: learning rate of this step by trained parameter group
     skipped: bool  #: neither weights nor optimizer state changed: loss or gradient not finite, or loss above the limit
+    overflowed: bool = False  #: skipped because float16 gradients overflowed, and the loss scale still has room to fall
 
 
 @dataclass

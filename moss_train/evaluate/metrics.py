@@ -23,7 +23,7 @@ cannot be asked of a model: it is left out and counted in `n_unscorable`.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from moss_train.evaluate.judges import Judge
+from moss_train.evaluate.judges import Judge, TextJudge
 from moss_train.evaluate.transcript import (
     Confirmation,
     Question,
@@ -180,6 +180,11 @@ def streaming_figures(
         "stale_rate": _ratio(sum(stale), len(stale)),
         "false_revision_rate": _ratio(sum(false), len(false)),
     }
+
+
+def figure_names() -> list[str]:
+    """The names of `streaming_figures`."""
+    return list(streaming_figures([], TextJudge()))
 
 
 def slot_errors(transcript: StreamTranscript) -> list[bool]:

@@ -20,6 +20,9 @@ class TrackingConfig:
     """Print a line per logged step."""
     jsonl: bool = True
     """Append each row to `metrics.jsonl` in the run's folder; the HTML report's curves are drawn from it."""
+    samples: bool = False
+    """Write the samples of every step to `<stage>/samples.jsonl` in the run's folder: what a stage was trained on, to
+    the very sample, over all interruptions."""
 
     def validate(self) -> None:
         if self.wandb not in WANDB_MODES:

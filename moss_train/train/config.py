@@ -1,15 +1,18 @@
 """The configuration of a run: what recipes and overrides fill, in one tree, checked once after all overrides."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from moss_train.checkpoint.config import CheckpointConfig
+from moss_train.cli_options import unknown_name
 from moss_train.data.config import DataConfig
 from moss_train.engines.config import EngineConfig, OptimConfig
 from moss_train.errors import ConfigError, MossTrainError
 from moss_train.evaluate.config import DecodeConfig, EvaluationConfig
 from moss_train.evaluate.judges import JUDGES
+from moss_train.evaluate.metrics import figure_names
 from moss_train.model.config import ModelConfig
 from moss_train.model.layout_rules import check_layout
 from moss_train.objectives.config import ObjectiveConfig
@@ -18,7 +21,46 @@ from moss_train.report.config import TrackingConfig
 from moss_train.streams.config import CompilerConfig, TokenizerConfig
 from moss_train.train.watchdog_config import WatchdogConfig
 
-RESUME = ("auto", "never")
+RESUME = ("auto", "fallback", "never")
+SPIKE_POLICIES = ("off", "warn", "skip", "stop")
+KEEP_BEST_MODES = ("max", "min")
+
+
+@dataclass
+class GuardConfig:
+    """When a stage does not take an update, or ends. A step whose loss or gradient is not finite is always skipped."""
+
+    max_skipped_in_a_row: int | None = 10
+    """Most steps skipped one after the other before the run ends; 0 allows none, null any number. With fp16, a step
+    skipped because gradients overflowed is not counted, and ends no row, while the loss scale still falls in answer."""
+    max_skipped: int | None = 100
+    """Most steps skipped in the whole stage before the run ends, counted likewise; 0 allows none, null any number."""
+    spike: str = "warn"
+    """What a loss spike does: `off` (none is looked for), `warn` (an event is logged, the update taken), `skip` (the
+    update is not taken, on any rank, and counts as skipped), `stop` (the run ends, nothing new is saved)."""
+    spike_window: int = 128
+    """How many losses of steps that were taken a step's loss is compared with. No step is a spike before half of them
+    are there."""
+    spike_factor: float = 6.0
+    """A spike is a loss above the window's median + this × its spread: 1.4826 × the median absolute deviation from the
+    median, which is the standard deviation of normally distributed losses."""
+    spike_floor: float = 0.05
+    """Least spread, as a share of the median: with a factor of 6 and 0.05 no loss below 1.3 × the median is a spike. 0
+    sets none."""
+
+    def validate(self) -> None:
+        for name in ("max_skipped_in_a_row", "max_skipped"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"guards.{name}={value}: must be at least 0, or null for any number")
+        if self.spike not in SPIKE_POLICIES:
+            raise ConfigError(f"guards.spike={self.spike!r}: legal values are {', '.join(SPIKE_POLICIES)}")
+        if self.spike_window < 8:
+            raise ConfigError(f"guards.spike_window={self.spike_window}: must be at least 8, or set guards.spike=off")
+        if not self.spike_factor > 0:
+            raise ConfigError(f"guards.spike_factor={self.spike_factor}: must be above 0, or set guards.spike=off")
+        if not self.spike_floor >= 0:
+            raise ConfigError(f"guards.spike_floor={self.spike_floor}: must be at least 0")
 
 
 @dataclass
@@ -52,10 +94,19 @@ class StageConfig:
     """Steps between checkpoints; 0 saves only at the end. The reference saves every 200."""
     keep: int = 2
     """How many checkpoints of a stage are kept, the newest; at least 1."""
+    keep_every: int | None = None
+    """Checkpoints whose step is a multiple of this are kept for ever; null keeps none for that."""
+    keep_best: str | None = None
+    """The figure of an evaluation (`eval/speak_f1`) by which one more checkpoint is kept, the best: of those that were
+    evaluated at their very step, of equals the newer. Null keeps none for that."""
+    keep_best_mode: str = "max"
+    """Whether the best has the largest figure (`max`) or the smallest (`min`, for rates of errors and delays)."""
     eval_every: int = 0
     """Steps between free-running evaluations on `evaluate.source`; 0 evaluates only after the run."""
     log_every: int = 1
     """Steps between logged lines."""
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    """Budgets of skipped steps, and what a loss spike does."""
 
     def validate(self, name: str) -> None:
         """Raise ConfigError for the first illegal field, its path starting with `stages.<name>`."""
@@ -74,8 +125,41 @@ class StageConfig:
         )
         if not legal or not self.trainable:
             raise ConfigError(f"stages.{name}.trainable={self.trainable}: give a preset or a list of parameter groups")
-        for part in (self.data, self.compiler, self.objective, self.optim):
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ConfigError(f"stages.{name}.keep_every={self.keep_every}: must be at least 1, or null to keep none")
+        if self.keep_every is not None and (self.save_every == 0 or self.keep_every % self.save_every):
+            raise ConfigError(
+                f"stages.{name}.keep_every={self.keep_every}: must be a multiple of save_every={self.save_every}, "
+                "since only saved steps can be kept"
+            )
+        if self.keep_best_mode not in KEEP_BEST_MODES:
+            raise ConfigError(
+                f"stages.{name}.keep_best_mode={self.keep_best_mode!r}: legal values are {', '.join(KEEP_BEST_MODES)}"
+            )
+        for part in (self.data, self.compiler, self.objective, self.optim, self.guards):
             _validate(part, f"stages.{name}.")
+        if self.steps is not None:
+            self.check_keep_best(name, self.steps)
+
+    def check_keep_best(self, name: str, steps: int) -> None:
+        """Raise ConfigError unless checkpoints of a stage of `steps` steps can be told apart by `keep_best`."""
+        if self.keep_best is None:
+            return
+        where = f"stages.{name}.keep_best={self.keep_best}"
+        legal = [f"eval/{figure}" for figure in figure_names()]
+        if self.keep_best not in legal:
+            raise ConfigError(f"{where}: {unknown_name(self.keep_best, self.keep_best, legal, what='figure')}")
+        if self.eval_every == 0:
+            raise ConfigError(f"{where}: nothing is evaluated during the stage; set stages.{name}.eval_every")
+        if self.save_every == 0:
+            raise ConfigError(f"{where}: only the last step is saved; set stages.{name}.save_every")
+        together = math.lcm(self.save_every, self.eval_every)
+        if together > steps and steps % self.eval_every:
+            raise ConfigError(
+                f"{where}: no checkpoint is ever evaluated, since none of the {steps} steps is a multiple of both "
+                f"save_every={self.save_every} and eval_every={self.eval_every}; set both to at most {steps}, one to a "
+                "multiple of the other"
+            )
 
 
 @dataclass
@@ -107,7 +191,9 @@ class RunConfig:
     seed: int = 1
     """Seed of fresh weights, of the data order and of augmentations."""
     resume: str = "auto"
-    """`auto` goes on where the newest complete checkpoint in `output_dir` stopped; `never` demands a fresh folder."""
+    """`auto` goes on where the newest complete checkpoint of the pipeline's current stage in `output_dir` stopped, and
+    refuses one that is damaged; `fallback` then takes the newest that is not, and says so; `never` demands a fresh
+    folder."""
     precision: str = "fp32"
     """Number format of weights and activations: fp32, bf16, fp16, or fp8 (8-bit matrices over bf16; Ada GPUs and later
     with Transformer Engine). In all of them the optimizer updates float32 weights."""
@@ -148,6 +234,9 @@ class RunConfig:
         self.check_layout()
         for name, stage in self.stages.items():
             stage.validate(name)
+            if stage.keep_best is not None and self.evaluate.source is None:
+                where = f"stages.{name}.keep_best={stage.keep_best}"
+                raise ConfigError(f"{where}: nothing is evaluated; set evaluate.source")
             if self.layout.zero and stage.optim.name != "adamw":
                 raise ConfigError(
                     f"stages.{name}.optim.name={stage.optim.name}: megatron shards AdamW only; set layout.zero=0"

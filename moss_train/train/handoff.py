@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moss_train.checkpoint.store import Checkpoint, checkpoint_shapes, latest, load_checkpoint
+from moss_train.checkpoint.store import Checkpoint, checkpoint_shapes, load_checkpoint
 from moss_train.data.blend import Blend
 from moss_train.data.shards.index import load_index
 from moss_train.data.sources import OpenBlend, SourceFigures, open_blend
@@ -26,6 +26,7 @@ from moss_train.streams.tokenizer import StreamTokenizer
 from moss_train.train.blend import apply_blend
 from moss_train.train.compose import resolved_dict, run_from_dict
 from moss_train.train.config import RunConfig, StageConfig
+from moss_train.train.resume import ResumePoint, resume_points
 from moss_train.train.weights import Origin, expected_shapes, find_origin
 
 #: Parts of a stage's configuration that a resumed stage must keep; the data order has its own fingerprint.
@@ -39,6 +40,7 @@ class StagePlan:
     name: str
     config: StageConfig
     directory: Path  #: `<output_dir>/<stage>`
+    point: ResumePoint  #: where it goes on, if it has begun
     origin: Origin | None  #: weights to start from; None: random, or the stage before in this run
     steps: int
     epochs: float  #: passes over the blend
@@ -52,6 +54,11 @@ class StagePlan:
         """Folder of the stage's checkpoints."""
         return self.directory / "checkpoints"
 
+    @property
+    def finished(self) -> bool:
+        """Whether its last step has been taken, and saved."""
+        return self.point.checkpoint is not None and self.point.step >= self.steps
+
 
 def plan_pipeline(run: RunConfig, tokenizer: StreamTokenizer) -> list[StagePlan]:
     """Every stage in order, checked. Process groups must exist.
@@ -61,10 +68,11 @@ def plan_pipeline(run: RunConfig, tokenizer: StreamTokenizer) -> list[StagePlan]
     check_tokenizer(run, tokenizer)
     with torch.device("meta"):
         model = whole_model(run.model, groups.state())
+    points = resume_points({name: _checkpoints(run, name) for name, _ in run.ordered_stages()}, run.resume)
     plans: list[StagePlan] = []
     for name, stage in run.ordered_stages():
         try:
-            plans.append(_plan_stage(run, tokenizer, model, name, stage, plans))
+            plans.append(_plan_stage(run, tokenizer, model, name, stage, points[name], plans))
         except MossTrainError as error:
             if f"stages.{name}" in str(error):
                 raise
@@ -100,6 +108,7 @@ def _plan_stage(
     model: VideoModel,
     name: str,
     stage: StageConfig,
+    point: ResumePoint,
     before: list[StagePlan],
 ) -> StagePlan:
     trained = trainable_names(model, stage.trainable)
@@ -113,9 +122,9 @@ def _plan_stage(
                 f"give stages.{name}.init=<checkpoint>, or scratch"
             )
         # A finished predecessor must fit; one that is still to run has this very model.
-        found = latest(before[-1].checkpoints)
-        if found is not None:
-            find_origin(found).check(model, tokenizer)
+        found = before[-1].point
+        if found.checkpoint is not None and found.damage is None:
+            Origin(found.checkpoint, hugging_face=False).check(model, tokenizer)
     elif stage.init != "scratch":
         origin = find_origin(Path(stage.init))
         origin.check(model, tokenizer)
@@ -131,10 +140,12 @@ def _plan_stage(
         )
     )
     steps = _steps(name, stage, opened.blend)
+    stage.check_keep_best(name, steps)
     plan = StagePlan(
         name=name,
         config=stage,
-        directory=Path(run.output_dir) / name,
+        directory=_checkpoints(run, name).parent,
+        point=point,
         origin=origin,
         steps=steps,
         epochs=opened.blend.epochs_of(steps),
@@ -145,6 +156,10 @@ def _plan_stage(
     )
     _check_progress(run, plan, before[-1] if before else None, tokenizer, expected_shapes(model))
     return plan
+
+
+def _checkpoints(run: RunConfig, stage: str) -> Path:
+    return Path(run.output_dir) / stage / "checkpoints"
 
 
 def _main_first(open_sources: Callable[[], OpenBlend]) -> OpenBlend:
@@ -175,13 +190,15 @@ def _check_progress(
     shapes: dict[str, tuple[int, ...]],
 ) -> None:
     """Raise unless the stage's own newest checkpoint, if there is one, may be gone on from."""
-    newest = latest(plan.checkpoints)
+    newest = plan.point.checkpoint
     if newest is None:
         return
     # A worker that torchrun has started again meets the checkpoints of its own run.
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if run.resume == "never" and not restarted:
         raise ConfigError(f"resume=never, but {newest} exists: choose another output_dir, or resume=auto")
+    if plan.point.damage is not None:
+        return  # nothing of it is read
     checkpoint = load_checkpoint(newest, only=())
     _check_same_run(run, plan, tokenizer, checkpoint)
     _check_lineage(plan, before, checkpoint)
@@ -207,12 +224,11 @@ def _steps(name: str, stage: StageConfig, blend: Blend) -> int:
 def _check_lineage(plan: StagePlan, before: StagePlan | None, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError when a stage would be kept, or gone on with, that began from other weights than are there
     now: a stage before it was trained anew since, or `init` is another."""
-    origin, where = plan.origin, f"init={plan.config.init}"
+    fingerprint, where = plan.origin.fingerprint if plan.origin else None, f"init={plan.config.init}"
     if plan.config.init == "previous":
         assert before is not None  # checked when planning
-        found = latest(before.checkpoints)
-        origin, where = Origin(found, False) if found else None, f"what {before.checkpoints} holds now"
-    if checkpoint.state.get("origin") != (origin.fingerprint if origin else None):
+        fingerprint, where = before.point.digest, f"what {before.checkpoints} holds now"
+    if checkpoint.state.get("origin") != fingerprint:
         raise CheckpointError(
             f"{checkpoint.path} was not trained from {where}: put back what it was trained from, "
             f"or remove {plan.directory} to train the stage anew"

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,8 +12,11 @@ from moss_train.engines.memory import MemoryFigures, measure_step
 from moss_train.engines.protocol import Engine, StepOutput
 from moss_train.parallel import groups, phases
 from moss_train.parallel.agreement import gather_lists
+from moss_train.report.metrics_file import finite_or_none
+from moss_train.report.samples_file import SamplesFile
 from moss_train.report.tracker import Tracker
 from moss_train.train.config import StageConfig
+from moss_train.train.guards import Guards
 from moss_train.train.signals import StopRequest
 
 
@@ -26,13 +29,26 @@ class Progress:
     trained_tokens: int = 0  #: labels that entered the loss, over all steps and ranks
     streams: int = 0  #: streams of all global batches so far, masked ones included
     seconds: float = 0.0  #: spent in the loop, over all runs of the stage
+    evaluated: int = 0  #: step of the last evaluation; 0 before the first
+    figures: dict[str, float] = field(default_factory=dict)  #: of that evaluation, as logged; on the main process
 
     @property
     def finished(self) -> bool:
         return self.step >= self.total
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        own = asdict(self)
+        return {name: own[name] for name in own if name not in ("evaluated", "figures")}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Progress":
+        """The progress that a checkpoint's state holds; one from before evaluations were saved has none."""
+        measured = state.get("metrics", {"step": 0, "figures": {}})
+        return cls(**state["progress"], evaluated=measured["step"], figures=measured["figures"])
+
+    def metrics(self) -> dict[str, Any]:
+        """JSON of the last evaluation, by which the best checkpoint is kept."""
+        return {"step": self.evaluated, "figures": finite_or_none(self.figures)}
 
 
 class Checkpoints(Protocol):
@@ -54,10 +70,13 @@ def train(
     checkpoints: Checkpoints,
     evaluate: Callable[[], dict[str, float]] | None,
     stop: StopRequest,
+    guards: Guards,
+    samples: SamplesFile | None = None,
 ) -> int:
     """Train until `progress.total` steps are taken; returns 0, or the signal that asked to stop earlier.
 
-    A checkpoint of the last step taken has been begun on every way out but an exception.
+    A checkpoint of the last step taken has been begun on every way out but an exception. `samples` is the record of
+    what was consumed, where this process keeps one.
     """
     device = groups.state().device
     batches = iter(loader)
@@ -70,7 +89,7 @@ def train(
         with phases.phase("data"):
             batch = next(batches)
         phases.hold(batch.own_keys)
-        train_step = partial(engine.train_step, batch.microbatches)
+        train_step = partial(engine.train_step, batch.microbatches, guards.loss_limit())
         if measured:
             output = train_step()
         else:
@@ -82,21 +101,27 @@ def train(
         progress.trained_tokens += output.labels
         progress.streams += len(batch.keys)
         progress.seconds += time.perf_counter() - began
+        if samples is not None:
+            samples.write(progress.step, batch.samples)
         record_step(tracker, batch, output, time.perf_counter() - began)
+        guards.heed(progress.step, output, batch.samples, tracker)
         for fault in batch.quarantined:
             tracker.event("quarantine", progress.step, key=fault.key, source=fault.source, reason=fault.reason)
 
         if evaluate is not None and _every(stage.eval_every, progress.step):
             with phases.phase("evaluate"):
-                figures = evaluate()
-            for name, value in figures.items():
-                tracker.record_metric(f"eval/{name}", value, reduce="last")
+                progress.figures = {f"eval/{name}": value for name, value in evaluate().items()}
+            progress.evaluated = progress.step
+            for name, value in progress.figures.items():
+                tracker.record_metric(name, value, reduce="last")
         if _every(stage.log_every, progress.step) or progress.step == 1 or progress.finished:
             tracker.commit(progress.step)
 
         checkpoints.settle()
         signal = stop.agreed(device)
         if progress.finished or signal or _every(stage.save_every, progress.step):
+            if samples is not None:
+                samples.sync()
             checkpoints.save()
         if signal and not progress.finished:
             return signal

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-from moss_train.checkpoint.store import latest
 from moss_train.data.sources import SourceFigures
 from moss_train.errors import CheckpointError
 from moss_train.model.config import RecomputeConfig
@@ -17,10 +16,11 @@ from moss_train.train.compose import resolved_dict, save_run
 from moss_train.train.config import RunConfig
 from moss_train.train.evaluation import Evaluator
 from moss_train.train.handoff import StagePlan, plan_pipeline
+from moss_train.train.resume import resume_point
 from moss_train.train.signals import StopRequest
-from moss_train.train.stage import finished, run_stage
+from moss_train.train.stage import run_stage
 from moss_train.train.watchdog import Watchdog
-from moss_train.train.weights import Origin, find_origin
+from moss_train.train.weights import Origin
 
 
 def run_pipeline(run: RunConfig, stop: StopRequest | None = None) -> int:
@@ -60,23 +60,28 @@ def _run_stages(run: RunConfig, stop: StopRequest, watchdog: Watchdog) -> int:
     before: StagePlan | None = None
     with Tracker(run.tracking, output, run.name, resolved_dict(run), main=state.is_main) as tracker:
         for plan in plans:
-            if not finished(plan):
-                signal = run_stage(run, plan, _origin(plan, before), tokenizer, tracker, evaluator, stop)
+            if not plan.finished:
+                signal = run_stage(run, plan, _origin(run, plan, before), tokenizer, tracker, evaluator, stop)
                 if signal:
                     return signal
             elif state.is_main:
-                print(f"{plan.name}: finished earlier, {latest(plan.checkpoints)}", flush=True)
+                print(f"{plan.name}: finished earlier, {plan.point.checkpoint}", flush=True)
             before = plan
     return 0
 
 
-def _origin(plan: StagePlan, before: StagePlan | None) -> Origin | None:
+def _origin(run: RunConfig, plan: StagePlan, before: StagePlan | None) -> Origin | None:
+    """The weights that a stage begins from; None: fresh ones, or it has begun."""
+    if plan.point.checkpoint is not None:
+        return None
     if plan.config.init != "previous":
         return plan.origin
     assert before is not None  # checked when planning
-    if latest(before.checkpoints) is None:
+    # What was found when planning is older than the training since.
+    point = before.point if before.finished else resume_point(before.name, before.checkpoints, run.resume)
+    if point.checkpoint is None:
         raise CheckpointError(f"stages.{plan.name}.init=previous: {before.checkpoints} holds no checkpoint")
-    return find_origin(before.checkpoints)
+    return Origin(point.checkpoint, hugging_face=False)
 
 
 def describe(run: RunConfig, plans: list[StagePlan]) -> str:
@@ -91,7 +96,7 @@ def describe(run: RunConfig, plans: list[StagePlan]) -> str:
     for plan in plans:
         stage = plan.config
         start = plan.origin.path if plan.origin else stage.init
-        done = latest(plan.checkpoints)
+        done = plan.point.checkpoint
         lines.append(
             f"  {plan.name}: {plan.steps} steps × {stage.data.global_batch_size} streams "
             f"= {plan.epochs:.2f} epochs of {plan.epoch_samples:,} samples; "

@@ -1,5 +1,6 @@
 """One stage: model, engine, data and weights put together, resumed where it stopped, trained, saved."""
 
+import contextlib
 import gc
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +16,9 @@ from moss_train.checkpoint.random_state import (
     seed_anew,
     seed_random_state,
 )
-from moss_train.checkpoint.retention import apply_retention
+from moss_train.checkpoint.retention import BestBy, apply_retention
 from moss_train.checkpoint.saver import SaveFigures, Saver
-from moss_train.checkpoint.store import CheckpointReader, latest, load_checkpoint, open_together
+from moss_train.checkpoint.store import CheckpointReader, latest, open_together
 from moss_train.data.batch import FrameShare
 from moss_train.data.loader import Loader, build_loader
 from moss_train.engines import build_engine
@@ -29,11 +30,13 @@ from moss_train.model.precision import Precision
 from moss_train.objectives.streaming_loss import StreamingLoss
 from moss_train.parallel import groups, phases
 from moss_train.parallel.agreement import gather_lists
+from moss_train.report.samples_file import FILE_NAME, SamplesFile
 from moss_train.report.tracker import Tracker
 from moss_train.streams.tokenizer import StreamTokenizer
 from moss_train.train.compose import resolved_dict
-from moss_train.train.config import RunConfig
+from moss_train.train.config import RunConfig, StageConfig
 from moss_train.train.evaluation import Evaluator
+from moss_train.train.guards import Guards
 from moss_train.train.handoff import StagePlan
 from moss_train.train.loop import Progress, train
 from moss_train.train.signals import StopRequest
@@ -48,6 +51,7 @@ class _Stage:
     engine: Engine
     loader: Loader
     progress: Progress
+    guards: Guards
     saver: Saver
     tracker: Tracker
     origin: str | None  #: fingerprint of the weights it started from
@@ -70,6 +74,8 @@ class _Stage:
                 "progress": self.progress.to_json(),
                 "loader": self.loader.state_dict(),
                 "engine": self.engine.metadata(),
+                "guards": self.guards.state_dict(),
+                "metrics": self.progress.metrics(),
             },
             self.provenance,
         )
@@ -83,6 +89,11 @@ class _Stage:
     def finish(self) -> None:
         """Wait for the running save. Every rank must call it."""
         self._note(self.saver.finish())
+
+    def newest(self) -> Path | None:
+        """What the run can go on from, once the running save is complete. Every rank must call it."""
+        self.finish()
+        return latest(self.plan.checkpoints)
 
     def _note(self, saved: SaveFigures | None) -> None:
         if saved is not None:
@@ -100,13 +111,9 @@ class _Stage:
             restore_random_state(checkpoint.tensors(f"random/{state.rank}/"), state.rank)
         else:
             seed_anew(seed, checkpoint.step, state.rank)
-        self.progress = Progress(**checkpoint.state["progress"])
-
-
-def finished(plan: StagePlan) -> bool:
-    """Whether the stage's newest checkpoint is of its last step."""
-    newest = latest(plan.checkpoints)
-    return newest is not None and load_checkpoint(newest, only=()).step >= plan.steps
+        self.origin = checkpoint.state.get("origin")
+        self.progress = Progress.from_state(checkpoint.state)
+        self.guards.load_state_dict(checkpoint.state.get("guards", {}))  # none where it is from before there were any
 
 
 def run_stage(
@@ -118,14 +125,14 @@ def run_stage(
     evaluator: Evaluator | None,
     stop: StopRequest,
 ) -> int:
-    """Train one stage to its end, from its newest checkpoint or from `origin` (None: fresh weights).
+    """Train one stage to its end, from where it goes on or, when it begins, from `origin` (None: fresh weights).
 
     Returns 0, or the signal that stopped it.
     """
     phases.begin_stage()
     gc.collect()  # the model of the stage before lies in reference cycles
     state = groups.state()
-    newest = latest(plan.checkpoints)
+    newest = plan.point.checkpoint
     with torch.device("meta"):
         whole = whole_model(run.model, state)
     is_fresh = newest is None and origin is None
@@ -169,16 +176,19 @@ def run_stage(
         provenance = collect_provenance(resolved_dict(run), tokenizer.fingerprint)
         saver = Saver(
             plan.checkpoints,
-            retain=lambda directory: apply_retention(directory, plan.config.keep),
+            retain=partial(_retain, plan.config),
             asynchronous=run.checkpoint.asynchronous,
         )
-        stage = _Stage(plan, engine, loader, Progress(total=plan.steps), saver, tracker, began_from, provenance)
+        guards = Guards(plan.config.guards, plan.name, lambda: stage.newest())
+        stage = _Stage(plan, engine, loader, Progress(total=plan.steps), guards, saver, tracker, began_from, provenance)
         if newest is not None:
             stage.restore(open_together(newest), run.seed)
         tracker.start_stage(plan.name, plan.steps, stage.progress.step)
+        for passed_over, reason in plan.point.skipped:
+            tracker.event("fallback", stage.progress.step, passed_over=passed_over, reason=reason)
         evaluate = partial(evaluator.figures, engine, model, plan.config.compiler) if evaluator is not None else None
-        with phases.steps():
-            signal = train(plan.config, engine, loader, tracker, stage.progress, stage, evaluate, stop)
+        with phases.steps(), _samples_file(run, plan, stage.progress.step) as samples:
+            signal = train(plan.config, engine, loader, tracker, stage.progress, stage, evaluate, stop, guards, samples)
         stage.finish()
         counters = loader.counters()
         tracker.event("data", stage.progress.step, **counters)
@@ -186,6 +196,19 @@ def run_stage(
             print(f"{plan.name}: {_losses(counters, plan)}", flush=True)
         tracker.end_stage(completed=not signal)
     return signal
+
+
+def _retain(stage: StageConfig, directory: Path) -> None:
+    """Remove the checkpoints that need not be kept."""
+    best = BestBy(stage.keep_best, stage.keep_best_mode) if stage.keep_best is not None else None
+    apply_retention(directory, stage.keep, stage.keep_every, best)
+
+
+def _samples_file(run: RunConfig, plan: StagePlan, step: int) -> contextlib.AbstractContextManager[SamplesFile | None]:
+    """The record of consumed samples, where this process keeps one."""
+    if not (run.tracking.samples and groups.state().is_main):
+        return contextlib.nullcontext()
+    return SamplesFile(plan.directory / FILE_NAME, step)
 
 
 def _losses(counters: dict[str, int], plan: StagePlan) -> str:

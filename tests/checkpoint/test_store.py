@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moss_train.checkpoint import files, store
-from moss_train.checkpoint.retention import apply_retention
+from moss_train.checkpoint import files
 from moss_train.checkpoint.store import checkpoint_shapes, latest, load_checkpoint, save_checkpoint, verify
 from moss_train.errors import CheckpointError
 
@@ -209,17 +208,3 @@ def test_an_unfinished_save_is_never_loaded(tmp_path):
         load_checkpoint(partial)
     (tmp_path / "latest").unlink()
     assert latest(tmp_path) is None
-
-
-def test_retention(tmp_path):
-    for step in (5, 10, 15, 20, 25):
-        save(tmp_path, step)
-    removed = apply_retention(tmp_path, keep_last=2, keep_every=10)
-    assert [path.name for path in removed] == ["step_00000005", "step_00000015"]
-    assert sorted(store.step_directories(tmp_path)) == [10, 20, 25]
-    (tmp_path / "latest").write_text("step_00000010\n")
-    apply_retention(tmp_path, keep_last=1)
-    assert sorted(store.step_directories(tmp_path)) == [10, 25]
-    assert apply_retention(tmp_path / "nowhere", keep_last=1) == []
-    with pytest.raises(ValueError, match="keep_last"):
-        apply_retention(tmp_path, keep_last=0)

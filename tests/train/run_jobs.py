@@ -22,12 +22,12 @@ def train(rank: int, ranks: int, overrides: list[str], stop_at: int | None = Non
     os.environ |= {"WORLD_SIZE": str(ranks)}
     step, taken = MegatronEngine.train_step, 0
 
-    def stopping(engine, microbatches):
+    def stopping(engine, *arguments):
         nonlocal taken
         taken += 1
         if taken == stop_at and rank == ranks - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(engine, microbatches)
+        return step(engine, *arguments)
 
     MegatronEngine.train_step = stopping
     try:

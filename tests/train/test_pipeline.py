@@ -52,16 +52,16 @@ def test_stages_chain_and_leave_their_story(whole):
 def test_a_run_stopped_and_killed_ends_with_the_same_bits(small, whole, tmp_path, monkeypatch):
     step = MegatronEngine.train_step
 
-    def stopping(engine, microbatches):
-        output = step(engine, microbatches)
+    def stopping(engine, *arguments):
+        output = step(engine, *arguments)
         if engine._rates.total_steps == 6 and engine.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return output
 
-    def dying(engine, microbatches):
+    def dying(engine, *arguments):
         if engine._rates.total_steps == 6 and engine.step == 5:
             raise RuntimeError("the machine is gone")
-        return step(engine, microbatches)
+        return step(engine, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(MegatronEngine, "train_step", stopping)

@@ -1,0 +1,22 @@
+"""Jobs of forked ranks that choose where a stage goes on."""
+
+from pathlib import Path
+
+from moss_train.errors import CheckpointError
+from moss_train.parallel import groups
+from moss_train.train.resume import resume_points
+
+
+def choose(rank: int, ranks: int, directory: str, resume: str) -> tuple[str, int] | str:
+    """The checkpoint and its step, or the refusal."""
+    groups.initialize()
+    try:
+        point = resume_points({"sft": Path(directory)}, resume)["sft"]
+    except CheckpointError as error:
+        return str(error)
+    return str(point.checkpoint), point.step
+
+
+def choose_where_one_sees_less(rank: int, ranks: int, directory: str, resume: str) -> tuple[str, int] | str:
+    """As `choose`, but the second rank's file system shows nothing."""
+    return choose(rank, ranks, directory if rank == 0 else f"{directory}/not-mounted", resume)
