@@ -55,8 +55,8 @@ def import_command(options: ImportOptions) -> int:
     Example: moss-train convert import source=Llama-3.2-11B-Vision-Instruct out=checkpoints/llama model=moss_video_11b
     """
     source, out = Path(options.source), Path(options.out)
-    if not weight_files(source):
-        raise CheckpointError(f"source={source}: no safetensors file there; give the folder of a model")
+    if not source.is_dir() or not weight_files(source):
+        raise CheckpointError(f"source={source}: no folder with safetensors files; give the folder of a model")
     require_empty(out)
     sizes = _sizes(source, options.model)
     tokenizer_config, tokenizer = _tokenizer(source, options.tokenizer, sizes)

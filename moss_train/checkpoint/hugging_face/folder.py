@@ -22,7 +22,7 @@ from moss_train.model.video_model import VideoModel
 from moss_train.model.vision_tower import IMAGE_MEAN, IMAGE_STD
 from moss_train.streams.tokenizer import SpecialTokens
 
-_BLOCK_BYTES = 64 * 1024**2  #: read, rounded and written at a time
+_BLOCK_BYTES = 16 * 1024**2  #: rounded and written at a time
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -78,11 +78,15 @@ def write_folder(
         progress(done, total)
         return block
 
+    convert = _Conversion()
+
     def streamed(tensor: ReferenceTensor) -> StreamedTensor:
         kind = dtypes[tensor.name]
-        return StreamedTensor(
-            kind, tensor.shape, lambda: (count(block.to(kind)) for block in _blocks(source, tensor, kind))
-        )
+
+        def blocks() -> Iterator[torch.Tensor]:
+            return (count(convert(block, kind)) for block in _blocks(source, tensor, kind))
+
+        return StreamedTensor(kind, tensor.shape, blocks)
 
     plan = _by_file({name: streamed(tensor) for name, tensor in tensors.items()}, shard_bytes)
     partial = out.parent / f".tmp-{out.name}"
@@ -107,6 +111,22 @@ def write_folder(
             f"{out}: cannot be written ({error}); nothing is left of it. Free space or mend permissions, then try again"
         ) from error
     return WrittenFolder(len(plan), len(tensors), parameters, total)
+
+
+class _Conversion:
+    """Blocks in another dtype, each in the memory of the one before: allocated anew for every block, it grew by what
+    the allocator keeps."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def __call__(self, block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if block.dtype == dtype:
+            return block
+        size = block.numel() * dtype.itemsize
+        if size > self._memory.numel():
+            self._memory = torch.empty(size, dtype=torch.uint8)
+        return self._memory[:size].view(dtype).view(block.shape).copy_(block)
 
 
 def _stored_dtype(source: CheckpointReader, tensor: ReferenceTensor) -> torch.dtype:
