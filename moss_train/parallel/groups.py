@@ -11,6 +11,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from moss_train.errors import ConfigError
 from moss_train.parallel.config import LayoutConfig
+from moss_train.parallel.rendezvous import agent_store
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,10 @@ def initialize(layout: LayoutConfig | None = None, seed: int = 0) -> ParallelSta
     if not dist.is_initialized():
         timeout = timedelta(minutes=layout.timeout_minutes)
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+            store = agent_store(timeout)
+            # Without a store torch.distributed makes one from the environment.
+            dist.init_process_group(backend, timeout=timeout, **({"store": store, **place} if store else {}))
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     layout.validate(dist.get_world_size())

@@ -90,12 +90,10 @@ class Board:
         _boards += 1
         self.own = Place.own(state)
         self.places = [Place(**lists[0]) for lists in gather_lists([asdict(self.own)])]
-        # torchrun's agent may keep one store over its restarts.
-        prefix = f"moss_train/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{_boards}"
         # A connection of our own: a process that waits in the shared one would keep us waiting.
         store = dist.distributed_c10d._get_default_store().clone()
         store.set_timeout(timedelta(seconds=ANSWER_S))
-        self._store = dist.PrefixStore(prefix, store)
+        self._store = dist.PrefixStore(f"moss_train/watchdog/{_boards}", store)
         self._beat(self.own.rank, Beat())
         if self.own.rank == 0:
             self._store.set("verdict", "")

@@ -30,6 +30,7 @@ _BEAT_S = 2.0  #: between two heartbeats, at most
 _GRACE_S = 5.0  #: for the main thread to end by itself when another process is gone
 _REPORT_S = 10.0  #: for the report to be written before the other processes end
 _UNREACHABLE_S = 10.0  #: without an answer from the store
+_KEEPER = -1  #: in a verdict, for whoever keeps the store
 _BACKSTOP_S = 10.0  #: beyond the allowance, until the stacks are printed without Python's help
 #: What torch says in a process whose connection to another one broke.
 _BROKEN = re.compile(
@@ -135,6 +136,9 @@ class Watchdog:
     # Alone
 
     def _watch_alone(self) -> None:
+        stall_s = self._config.stall_s or 0.0
+        # Who wants stalls found within seconds (a test) wants these found too.
+        backstop, patience = min(_BACKSTOP_S, 2 * stall_s), min(_UNREACHABLE_S, 2 * stall_s)
         overdue, ticked = 0, time.monotonic()
         while not self._stop.wait(self._beat_s):
             now = time.monotonic()
@@ -143,10 +147,10 @@ class Watchdog:
             ticked = now
             beat = self._own_beat()
             # Only a process without others is ended by the timer: elsewhere the others end, and their launcher ends it.
-            left = beat.allowed_s - beat.quiet_s + _BACKSTOP_S
+            left = beat.allowed_s - beat.quiet_s + backstop
             with contextlib.suppress(OSError, ValueError, AttributeError):  # no standard error to write to
-                faulthandler.dump_traceback_later(max(left, _BACKSTOP_S), exit=self._board is None, file=sys.__stderr__)
-            unanswered = self._board is None or self._unanswered_s() > max(_UNREACHABLE_S, self._config.stall_s or 0)
+                faulthandler.dump_traceback_later(max(left, backstop), exit=self._board is None, file=sys.__stderr__)
+            unanswered = self._board is None or self._unanswered_s() > max(patience, stall_s)
             overdue = overdue + 1 if beat.overdue and unanswered else 0
             if overdue >= 2 and not self._left.is_set():
                 self._end_alone(beat)
@@ -237,7 +241,7 @@ class Watchdog:
                 if place.rank != board.own.rank and process_state(place, board.own) == "dead":
                     return Verdict("lost", place.rank, "it died", board.own.rank)
             if self._unanswered_s() > _UNREACHABLE_S and "timeout" not in str(error).lower():
-                return Verdict("lost", 0, "the store of the job, kept by it or by torchrun, is gone", board.own.rank)
+                return Verdict("lost", _KEEPER, "", board.own.rank)
             return None
 
     def _judge(self, board: Board) -> Verdict | None:
@@ -313,6 +317,9 @@ class Watchdog:
         board.give("reported")
 
     def _lost_message(self, board: Board, verdict: Verdict) -> str:
+        if verdict.rank == _KEEPER:
+            keeper = "torchrun has" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0 has"
+            return f"{keeper} ended, with the store by which the processes know of each other; {board.own} ends too"
         place = board.places[verdict.rank]
         return f"{place}, process {place.pid} on {place.host}, is gone: {verdict.why}. The others end with {PEER_LOST}"
 

@@ -1,11 +1,16 @@
 """A process that dies ends the others promptly, with a line that names it; torchrun begins them anew."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
-from watched_jobs import endless, training
+from run_jobs import rows
+from watched_jobs import Job, endless, training
 
 from moss_train.exit_codes import MISTAKE, PEER_LOST
 
@@ -66,3 +71,39 @@ def test_what_one_process_raised_is_told_by_the_others(small, tmp_path, mischief
 def test_a_mistake_that_all_meet_is_told_as_one(small, tmp_path):
     with endless(small, tmp_path, more=["stages.align.data.sources.align.path=nowhere"]) as job:
         assert job.exit_codes(60) == [MISTAKE, MISTAKE]
+
+
+def test_torchrun_begins_anew_and_ends_with_the_same_losses(small, tmp_path):
+    """Killed in the middle, the run goes on from its newest checkpoint, `resume=never` notwithstanding."""
+    steps = ["~stages.realtime", "stages.align.steps=100", "stages.*.save_every=10", "stages.*.log_every=1"]
+    overrides = [*small, *steps, "resume=never"]
+    with Job([*overrides, f"output_dir={tmp_path / 'whole'}"], tmp_path, 2) as whole:
+        assert whole.exit_codes(60) == [0, 0], whole.words()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    with open(tmp_path / "words", "w") as words:
+        agent = subprocess.Popen(
+            [*torchrun, "-m", "moss_train", "train", *overrides, f"output_dir={tmp_path / 'killed'}"],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdout=words,
+            stderr=words,
+        )
+    try:
+        checkpoints, deadline = tmp_path / "killed" / "align" / "checkpoints", time.monotonic() + 90
+        while not (checkpoints / "latest").exists():
+            assert agent.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        workers = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        os.kill(int(workers[1]), signal.SIGKILL)
+        assert agent.wait(90) == 0, (tmp_path / "words").read_text()
+    finally:
+        agent.kill()
+    assert "error: rank 1 (dp 1), process " in (tmp_path / "words").read_text()
+    beginnings = [
+        record["event"]
+        for record in map(json.loads, (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines())
+        if record.get("event") in ("start", "resume")
+    ]
+    assert beginnings == ["start", "resume"]
+    killed, expected = rows(tmp_path / "killed"), rows(tmp_path / "whole")
+    assert killed.keys() == expected.keys() and len(killed) == 100
+    assert all(killed[place]["loss"] == expected[place]["loss"] for place in expected)
