@@ -104,7 +104,10 @@ def export_command(options: ExportOptions) -> int:
         f"in {written.files} file{'s' if written.files > 1 else ''}, from {reader.path}"
     )
     if is_plain(run.model):
-        print(f"load it: transformers.MllamaForConditionalGeneration.from_pretrained({str(out)!r})")
+        print(
+            f"load it: transformers.MllamaForConditionalGeneration.from_pretrained({str(out)!r})\n"
+            "some versions of transformers read the intermediate maps one layer later: see docs/hugging_face.md"
+        )
     else:
         print(
             f"its class is {VIDEO_CLASS}, MOSS-Video-Preview's own: transformers' Mllama has the same "

@@ -6,13 +6,10 @@ from pathlib import Path
 
 import torch
 
-from moss_train.checkpoint.hugging_face.mapping import export_tensors
 from moss_train.checkpoint.store import latest, load_checkpoint
 from moss_train.engines.megatron import MegatronEngine
-from moss_train.model.build import whole_model
-from moss_train.parallel import groups
 from moss_train.report.metrics_file import FILE_NAME, read_metrics
-from moss_train.train.compose import compose_run, run_from_dict
+from moss_train.train.compose import compose_run
 from moss_train.train.pipeline import run_pipeline
 
 
@@ -34,21 +31,6 @@ def train(rank: int, ranks: int, overrides: list[str], stop_at: int | None = Non
         return run_pipeline(compose_run(overrides))
     finally:
         MegatronEngine.train_step = step
-
-
-def save_as_hugging_face(rank: int, ranks: int, checkpoint: Path, folder: Path) -> None:
-    """A job of one rank: the weights of a checkpoint under the reference's names."""
-    from safetensors.torch import save_file
-
-    loaded = load_checkpoint(checkpoint, only=("model",))
-    with torch.device("meta"):
-        model = whole_model(run_from_dict(loaded.provenance["config"]).model, groups.initialize())
-    weights = {name.removeprefix("model/"): tensor for name, tensor in loaded.tensors.items()}
-    exported = {name: tensor.contiguous() for name, tensor in export_tensors(model, weights).items()}
-    names = sorted(exported)
-    folder.mkdir(parents=True)
-    for number, part in enumerate((names[::2], names[1::2])):  # as published weights are, in several files
-        save_file({name: exported[name] for name in part}, folder / f"model-{number}.safetensors")
 
 
 def newest(output: Path, stage: str = "realtime"):

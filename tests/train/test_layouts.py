@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from run_jobs import largest_difference, newest, rows, save_as_hugging_face, train
+from run_jobs import largest_difference, newest, rows, train
 from small_runs import SMALL
 
 from moss_train.bench.equivalence.ranks import Ranks
@@ -117,7 +117,8 @@ def test_weights_come_whole_into_the_parts(overrides, whole, ranks, tmp_path, la
     """From a checkpoint and from Hugging Face's files; in bfloat16, whose float32 originals keep every digit."""
     start = latest(whole / "realtime" / "checkpoints")
     if published:
-        ranks.run(1, save_as_hugging_face, start, tmp_path / "weights")
+        options = [f"ckpt={start}", f"out={tmp_path / 'weights'}", "dtype=stored", "shard_bytes=20KB"]
+        assert main(["convert", "export", *options]) == 0
         start = tmp_path / "weights"
     still = ["stages.realtime.optim.lr=0", "stages.realtime.steps=1", "precision=bf16", *LAST_STAGE_ALONE]
     output = tmp_path / "run"
