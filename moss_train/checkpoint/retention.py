@@ -59,6 +59,18 @@ def apply_retention(
     return doomed
 
 
+def best_checkpoint(directory: Path) -> Path | None:
+    """What the file `best` names; None where none is named, CheckpointError when it does not exist."""
+    pointer = Path(directory) / BEST
+    if not pointer.is_file():
+        return None
+    name = pointer.read_text(encoding="utf-8", errors="replace").removesuffix("\n")
+    for path in step_directories(directory).values():
+        if path.name == name:
+            return path
+    raise CheckpointError(f"{pointer}: names no checkpoint that exists; write the name of a step directory into it")
+
+
 def best_step(checkpoints: Mapping[int, Path], best: BestBy) -> int | None:
     """The step of the best of `checkpoints` (step → directory), of equals the newest; None when none was measured."""
     figures = {step: figure_of(path, best.metric) for step, path in checkpoints.items()}

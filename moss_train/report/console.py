@@ -58,7 +58,8 @@ class ConsoleSink:
         self._print(line)
 
     def event(self, stage: str, step: int, name: str, fields: Mapping[str, Any]) -> None:
-        details = "".join(f"  {key} {value}" for key, value in fields.items())
+        shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in fields.items()}
+        details = "".join(f"  {key} {value}" for key, value in shown.items())
         place = f"{step} " if step else ""
         self._print(Text.assemble((f"{stage:<9}", "cyan"), place, (name.replace("_", " "), "yellow"), details))
 

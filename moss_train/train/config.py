@@ -71,7 +71,8 @@ class StageConfig:
     """Place in the pipeline: stages run by increasing order."""
     init: str = "previous"
     """Weights to start from: `scratch` (random), `previous` (the stage before), or the path of a checkpoint, of a
-    stage's folder (its newest) or a run's (its last trained stage's), or of a folder of Hugging Face safetensors."""
+    stage's folder (its newest) or a run's (its last trained stage's), a file `best` of `keep_best`, or of a folder of
+    Hugging Face safetensors."""
     trainable: Any = "all"
     """What is trained: a preset (`all`, `projector_only`, …) or a list of parameter groups; see `model/groups.py`."""
     data: DataConfig = field(default_factory=DataConfig)

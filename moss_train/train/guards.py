@@ -78,7 +78,6 @@ class Guards:
         samples: (source, key) of the global batch. Logs events and the figure `spikes`. Raises TrainingError when the
         run must not go on; the step's figures are logged before.
         """
-        finite = math.isfinite(output.loss) and math.isfinite(output.grad_norm)
         limit = self.limit()
         spike = limit is not None and math.isfinite(output.loss) and output.loss > limit.loss
         tracker.record_metric("spikes", float(spike), reduce="sum")
@@ -92,7 +91,8 @@ class Guards:
 
         figures = {"loss": output.loss, "grad_norm": output.grad_norm}
         if spike:
-            done = "skipped" if output.skipped else "taken"
+            ends = self._config.spike == "stop"
+            done = "none, the run ends" if ends else "skipped" if output.skipped else "taken"
             tracker.event("spike", step, **figures, limit=limit.loss, update=done, samples=_first(samples))
         elif output.skipped and not output.overflowed:
             counts = {"in_a_row": self.skipped_in_a_row, "of_stage": self.skipped}
@@ -101,10 +101,11 @@ class Guards:
         if spike and self._config.spike == "stop":
             tracker.commit(step)
             raise TrainingError(self._spike_message(step, output, limit) + _listed(samples))
-        if output.skipped and (exceeded := self._exceeded()):
+        if output.skipped and (field := self._exceeded()) is not None:
             tracker.commit(step)
-            what = f"a spike, above {limit.loss:.4g}" if spike and finite else "not finite"
-            raise TrainingError(self._budget_message(step, output, what, *exceeded) + _listed(samples))
+            why = f"loss {output.loss:.4g}, gradient norm {output.grad_norm:.4g}"
+            why += f"; a spike, above {limit.loss:.4g}" if spike else ""
+            raise TrainingError(self._budget_message(step, why, field, spike) + _listed(samples))
 
     def state_dict(self) -> dict[str, Any]:
         """JSON: what a run that goes on needs to decide the same."""
@@ -123,23 +124,35 @@ class Guards:
         self.skipped = state.get("skipped", 0)
         self.spikes = state.get("spikes", 0)
 
-    def _exceeded(self) -> tuple[str, str] | None:
-        """The budget that is used up, as (what was counted, the field that bounds it)."""
+    def _exceeded(self) -> str | None:
+        """The field of the budget that is used up."""
         config = self._config
         if config.max_skipped_in_a_row is not None and self.skipped_in_a_row > config.max_skipped_in_a_row:
-            return f"{_steps(self.skipped_in_a_row)} in a row", "max_skipped_in_a_row"
+            return "max_skipped_in_a_row"
         if config.max_skipped is not None and self.skipped > config.max_skipped:
-            return f"{_steps(self.skipped)} of this stage", "max_skipped"
+            return "max_skipped"
         return None
 
-    def _budget_message(self, step: int, output: StepOutput, what: str, counted: str, field: str) -> str:
-        stage, allowed = f"stages.{self._stage}", getattr(self._config, field)
+    def _budget_message(self, step: int, why: str, field: str, spike: bool) -> str:
+        stage, in_a_row = f"stages.{self._stage}", field == "max_skipped_in_a_row"
+        counted = (
+            f"the {_ordinal(self.skipped_in_a_row)} step in a row"
+            if in_a_row
+            else f"the {_ordinal(self.skipped)} step of the stage"
+        )
+        if spike:
+            remedy = f"If losses of this height are no fault, give {stage}.guards.spike=warn"
+        elif in_a_row:
+            remedy = (
+                "In a row it is rather the weights that are at fault than the samples: go on from an older checkpoint "
+                f"(write its name into `latest`), or lower {stage}.optim.lr in a new output_dir"
+            )
+        else:
+            remedy = f"Look at the samples below, or lower {stage}.optim.lr in a new output_dir"
         return (
-            f"{stage}: step {step} was skipped, its loss {output.loss:.4g} with gradient norm {output.grad_norm:.4g} "
-            f"is {what}; by now {counted} {'was' if counted.startswith('1 ') else 'were'} skipped, more than "
-            f"{stage}.guards.{field}={allowed} allows. {self._where()} The same command meets the same step again: "
-            f"look at the samples below, lower {stage}.optim.lr in a new output_dir, or allow more with "
-            f"{stage}.guards.{field} (null: any number). Samples of the batch:"
+            f"{stage}: step {step} was skipped ({why}), {counted}; {stage}.guards.{field}="
+            f"{getattr(self._config, field)} allows no more. {self._where()} The same command meets the same step "
+            f"again. {remedy}; or allow more skipped steps (null: any number). Samples of the batch:"
         )
 
     def _spike_message(self, step: int, output: StepOutput, limit: Limit) -> str:
@@ -158,8 +171,9 @@ class Guards:
         return f"Nothing new was saved: the run goes on from {newest}."
 
 
-def _steps(count: int) -> str:
-    return f"{count} step{'s' if count != 1 else ''}"
+def _ordinal(number: int) -> str:
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
 
 
 def _first(samples: Sequence[tuple[str, str]]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moss_train.checkpoint.hugging_face.source import HuggingFaceSource, SafetensorsFiles, weight_files
+from moss_train.checkpoint.retention import BEST, best_checkpoint
 from moss_train.checkpoint.store import CheckpointReader, checkpoint_digest, latest, open_checkpoint, step_directories
 from moss_train.engines.fit import require_fit
 from moss_train.engines.pieces import TensorSource
@@ -84,9 +85,12 @@ def find_origin(path: str | Path) -> Origin:
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """`path` if it is a checkpoint, else the newest of a stage's folder or of a run's last trained stage; or None."""
+    """`path` if it is a checkpoint, what it names if it is a file `best`, else the newest of a stage's folder or of a
+    run's last trained stage; or None."""
     if (path / "manifest.json").is_file():
         return path
+    if path.name == BEST and path.is_file():
+        return best_checkpoint(path.parent)
     if step_directories(path):
         return latest(path)
     if (path / "checkpoints").is_dir():

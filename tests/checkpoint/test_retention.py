@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from moss_train.checkpoint import store
-from moss_train.checkpoint.retention import BestBy, apply_retention, best_step
+from moss_train.checkpoint.retention import BestBy, apply_retention, best_checkpoint, best_step
 from moss_train.checkpoint.store import latest, save_checkpoint, step_directories
+from moss_train.errors import CheckpointError
 
 
 def save(directory, step: int, figure: float | None = None, measured_at: int | None = None):
@@ -36,6 +37,7 @@ def test_the_best_stays_and_is_named(tmp_path, mode, figures, best):
         save(tmp_path, step, figure)
         apply_retention(tmp_path, keep_last=1, best=BestBy("eval/speak_f1", mode))
     assert steps(tmp_path) == [best, 5]
+    assert best_checkpoint(tmp_path) == tmp_path / f"step_{best:08d}"
     assert (tmp_path / "best").read_text() == f"step_{best:08d}\n"
     assert latest(tmp_path).name == "step_00000005"
 
@@ -52,13 +54,16 @@ def test_only_what_was_measured_of_a_checkpoint_itself_counts(tmp_path):
     save_checkpoint(tmp_path, 3, {}, {}, {})  # from before figures were saved
     assert best_step(step_directories(tmp_path), BestBy("eval/speak_f1")) is None
     apply_retention(tmp_path, keep_last=1, best=BestBy("eval/speak_f1"))
-    assert steps(tmp_path) == [3] and not (tmp_path / "best").exists()
+    assert steps(tmp_path) == [3] and best_checkpoint(tmp_path) is None
     save(tmp_path, 4, 0.1)
     apply_retention(tmp_path, keep_last=1, best=BestBy("eval/speak_f1"))
     save(tmp_path, 5)
     (tmp_path / "step_00000005" / "state.json").write_text("{")
     apply_retention(tmp_path, keep_last=1, best=BestBy("eval/speak_f1"))
     assert steps(tmp_path) == [4, 5]
+    (tmp_path / "best").write_text("../elsewhere\n")
+    with pytest.raises(CheckpointError, match="best"):
+        best_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="largest"):
         BestBy("eval/speak_f1", "largest")
 

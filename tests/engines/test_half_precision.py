@@ -1,6 +1,7 @@
 """bfloat16 and float16 parameters with float32 originals, in the plain and in the distributed optimizer."""
 
 import json
+import math
 
 import pytest
 from engine_parts import global_batches, setup_engine, tiny_model
@@ -95,11 +96,21 @@ def test_float16_halves_a_scale_that_overflows_and_takes_no_step():
     scales = []
     for _ in range(4):
         output = engine.train_step(batches)
-        assert output.skipped
+        assert output.skipped and output.overflowed
         scales.append(engine.state_dict().metadata["loss_scale"]["scale"])
     assert scales == [2.0**40, 2.0**39, 2.0**38, 2.0**37]  # the first overflow is forgiven
     assert engine.skipped_steps == 4
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_an_overflow_at_the_lowest_scale_is_a_fault():
+    """Neither 1, below which the scale does not fall, nor a constant scale answers it."""
+    for options in ({"initial_loss_scale": 1.0}, {"loss_scale": 2.0**40}):
+        engine, model = engine_of(torch.float16, **options)
+        if "initial_loss_scale" in options:
+            model.head.weight.register_hook(lambda gradient: gradient * float("inf"))
+        output = engine.train_step(global_batches(1)[0])
+        assert math.isfinite(output.loss) and output.skipped and not output.overflowed
 
 
 def test_float16_goes_on_with_the_scale_it_was_saved_with():

@@ -122,7 +122,7 @@ def test_skip_takes_no_update_and_keeps_the_loss_out_of_the_window(tmp_path):
     watched.take(1.0, 9.0, 1.0)
     with pytest.raises(TrainingError, match="a spike, above 3.474") as error:
         watched.take(9.0)
-    assert "3 steps of this stage were skipped" in str(error.value)
+    assert "the 3rd step of the stage; " in str(error.value)
     assert "stages.sft.guards.max_skipped=2" in str(error.value)
 
 
@@ -160,7 +160,7 @@ def test_a_row_of_skipped_steps_ends_the_run(tmp_path, loss, grad_norm):
     with pytest.raises(TrainingError) as error:
         watched.take(loss, grad_norm=grad_norm)
     text = str(error.value)
-    for part in ("stages.sft: step 18", f"loss {loss:.4g}", f"norm {grad_norm:.4g}", "3 steps in a row were skipped"):
+    for part in ("stages.sft: step 18", f"loss {loss:.4g}", f"norm {grad_norm:.4g}", "the 3rd step in a row"):
         assert part in text
     assert "guards.max_skipped_in_a_row=2" in text and "web/clip-5" in text and "optim.lr" in text
     assert [name for _, name in watched.events] == ["skipped"] * 13
@@ -168,9 +168,9 @@ def test_a_row_of_skipped_steps_ends_the_run(tmp_path, loss, grad_norm):
 
 
 def test_zero_allows_none_and_null_any_number(tmp_path):
-    with pytest.raises(TrainingError, match="1 step in a row was skipped"):
+    with pytest.raises(TrainingError, match="the 1st step in a row"):
         Watched(tmp_path, max_skipped_in_a_row=0).take(math.nan)
-    with pytest.raises(TrainingError, match="1 step of this stage was skipped"):
+    with pytest.raises(TrainingError, match="the 1st step of the stage"):
         Watched(tmp_path, max_skipped=0, max_skipped_in_a_row=None).take(math.nan)
     Watched(tmp_path, max_skipped=None, max_skipped_in_a_row=None).take(*[math.nan] * 500)
 
@@ -181,7 +181,7 @@ def test_overflows_that_the_loss_scale_answers_neither_count_nor_end_a_row(tmp_p
     watched.take(math.nan)
     watched.take(1.0, grad_norm=math.inf, overflowed=True)
     assert watched.events == [(31, "skipped")] and watched.guards.skipped == 1
-    with pytest.raises(TrainingError, match="2 steps in a row"):
+    with pytest.raises(TrainingError, match="the 2nd step in a row"):
         watched.take(math.nan)
 
 
@@ -199,7 +199,7 @@ def test_the_state_is_json_and_decides_the_same(tmp_path):
     assert again.guards.limit() == whole.guards.limit()
     for watched in (again, whole):
         watched.take(math.nan)
-        with pytest.raises(TrainingError, match="4 steps of this stage"):
+        with pytest.raises(TrainingError, match="the 4th step of the stage"):
             watched.take(math.nan)
     old = Watched(tmp_path)
     old.guards.load_state_dict({})  # of a checkpoint from before there were guards

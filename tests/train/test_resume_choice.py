@@ -17,6 +17,7 @@ from moss_train.report.samples_file import read_samples
 from moss_train.train.compose import compose_run
 from moss_train.train.pipeline import run_pipeline
 from moss_train.train.resume import ResumePoint, resume_points
+from moss_train.train.weights import find_checkpoint
 
 
 def damage(checkpoint: Path) -> None:
@@ -224,6 +225,7 @@ def test_the_best_is_kept_over_a_resume(small, tmp_path, monkeypatch):
     checkpoints = tmp_path / "align" / "checkpoints"
     assert sorted(step_directories(checkpoints)) == [2, 4, 6]
     assert (checkpoints / "best").read_text() == "step_00000004\n"
+    assert find_checkpoint(checkpoints / "best") == checkpoints / "step_00000004"
     state = load_checkpoint(checkpoints / "step_00000004", only=()).state
     assert state["metrics"] == {"step": 4, "figures": {"eval/speak_f1": 0.8}}
     (checkpoints / "latest").write_text("step_00000004\n")
