@@ -86,12 +86,12 @@ def export_command(options: ExportOptions) -> int:
             f"form have {EXTRA_ROWS}: it cannot be exported"
         )
     dtype = _dtype(options.dtype, reader.state.get("stage") == STAGE, run)
-    named = dtype or reader.dtype(f"{NAMESPACE}/head.weight")
-    texts = _texts(run, tokenizer, named) | _taken_over(options.like, run, named)
     try:
         with torch.device("meta"):
             model = whole_model(run.model, groups.initialize())
         Origin(reader.path, hugging_face=False).source(model)  # checks that every weight is there
+        named = dtype or reader.dtype(f"{NAMESPACE}/head.weight")
+        texts = _texts(run, tokenizer, named) | _taken_over(options.like, run, named)
         with _bar() as bar:
             written = write_folder(
                 out, reader, model, texts, dtype, parse_bytes(options.shard_bytes, "shard_bytes"), bar

@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from moss_train.checkpoint.hugging_face.sizes import CONFIG, read_sizes, size_differences
 from moss_train.checkpoint.hugging_face.source import HuggingFaceSource, SafetensorsFiles, weight_files
 from moss_train.checkpoint.retention import BEST, best_checkpoint
 from moss_train.checkpoint.store import CheckpointReader, checkpoint_digest, latest, open_checkpoint, step_directories
@@ -36,16 +37,28 @@ class Origin:
         """Raise CheckpointError unless the weights fit `model`, a whole one (on the meta device will do), and
         `tokenizer`.
 
-        Names and shapes are compared; no tensor is read.
+        Names and shapes are compared, and what a published config.json says beyond them; no tensor is read.
         """
         source = self.source(model)
         if not isinstance(source, CheckpointReader):
+            self._check_config(model)
             return
         trained_with = source.provenance.get("tokenizer_fingerprint")
         if trained_with != tokenizer.fingerprint:
             raise CheckpointError(
                 f"{self.path} was trained with another tokenizer (fingerprint {trained_with}, this run's is "
                 f"{tokenizer.fingerprint}), so its embedding means other words: set the tokenizer it was trained with"
+            )
+
+    def _check_config(self, model: VideoModel) -> None:
+        """Heads, rotary frequencies and the like do not show in shapes, and make other models of the same weights."""
+        if not (self.path / CONFIG).is_file():
+            return
+        differences = size_differences(model.sizes, read_sizes(self.path))
+        if differences:
+            raise CheckpointError(
+                f"{self.path} holds weights of other sizes than the run's; choose its recipe, or set these\n  "
+                + "\n  ".join(differences)
             )
 
     def source(self, model: VideoModel) -> TensorSource:

@@ -13,6 +13,7 @@ from moss_train.checkpoint.hugging_face.sizes import config_json, read_sizes
 from moss_train.checkpoint.store import latest, open_checkpoint, save_checkpoint
 from moss_train.checkpoint.verify import model_config
 from moss_train.cli import main
+from moss_train.errors import CheckpointError
 from moss_train.model.build import whole_model
 from moss_train.model.config import ModelConfig
 from moss_train.parallel import groups
@@ -187,6 +188,20 @@ def test_an_imported_checkpoint_is_one_like_any_other(tmp_path):
     origin = find_origin(tmp_path / "checkpoint")
     origin.check(model, tokenizer)
     assert not origin.hugging_face and origin.fingerprint == open_checkpoint(latest(tmp_path / "checkpoint")).digest
+    groups.shutdown()
+
+
+def test_a_folder_whose_config_says_otherwise_starts_no_run(tmp_path):
+    """What no shape shows, such as the number of heads."""
+    source = save_mllama(tmp_path / "source")
+    sizes = read_sizes(source)
+    with torch.device("meta"):
+        model = whole_model(sizes, groups.initialize())
+    tokenizer = load_tokenizer(TokenizerConfig())
+    find_origin(source).check(model, tokenizer)
+    edit_json(source / "config.json", text_config__num_attention_heads=12)
+    with pytest.raises(CheckpointError, match="text.attention_heads is 6, config.json says 12"):
+        find_origin(source).check(model, tokenizer)
     groups.shutdown()
 
 

@@ -117,9 +117,17 @@ def test_quantised_weights_are_refused(source, tmp_path, capsys):
     [
         ({"model_type": "qwen3_vl"}, "model_type is 'qwen3_vl'; what can be read is Llama-3.2-Vision"),
         ({"text_config__vocab_size": "many"}, "text_config.vocab_size is 'many', should be a whole number"),
+        (
+            {"text_config__num_attention_heads": 0},
+            "text_config.num_attention_heads is 0, should be a whole number of at",
+        ),
+        ({"vision_config__max_num_tiles": 10**9}, "vision_config.max_num_tiles is 1000000000, should be at most 64"),
+        ({"vision_config__supported_aspect_ratios": 8}, "vision_config.supported_aspect_ratios is 8, should be a list"),
+        ({"architectures": "Mllama"}, "architectures is 'Mllama', should be a list"),
         ({"text_config__tie_word_embeddings": True}, "text_config.tie_word_embeddings is True"),
         ({"text_config__rope_parameters": {"rope_type": "yarn"}}, "rope types default and llama3"),
         ({"vision_config__hidden_act": "relu"}, "vision_config.hidden_act is 'relu'"),
+        ({"vision_config__merge_mode": ["average"]}, "vision_config.merge_mode is ['average']"),
         ({"vision_config__merge_mode": "bilinear"}, "vision_config.merge_mode is 'bilinear'"),
         ({"vision_config__merge_mode": "average", "vision_config__merge_size": 3}, "model.pool_stride=3"),
         ({"vision_config__vision_output_dim": 97}, "the maps have 96 channels together"),

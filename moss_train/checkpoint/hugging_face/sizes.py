@@ -24,6 +24,7 @@ OWN_KEY = "moss_train"  #: in config.json: which video additions a model has, wh
 
 _POOLS = {"average": "average", "max": "max", None: "none"}
 _MAX_POSITIONS = 131072
+_MAX_TILES = 64  #: of a picture; Llama's are 4
 
 
 class _Section:
@@ -38,10 +39,10 @@ class _Section:
             raise self.error(name, "should be an object")
         return _Section(self._file, found, f"{self._prefix}{name}.")
 
-    def integer(self, name: str, default: int | None = None) -> int:
+    def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
         found = self.content.get(name, default)
-        if not isinstance(found, int) or isinstance(found, bool):
-            raise self.error(name, "should be a whole number")
+        if not isinstance(found, int) or isinstance(found, bool) or found < least:
+            raise self.error(name, f"should be a whole number of at least {least}")
         return found
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -55,6 +56,12 @@ class _Section:
         if not isinstance(found, list) or not all(isinstance(value, int) for value in found):
             raise self.error(name, "should be a list of whole numbers")
         return list(found)
+
+    def items(self, name: str) -> list[Any]:
+        found = self.content.get(name) or []
+        if not isinstance(found, list):
+            raise self.error(name, "should be a list")
+        return found
 
     def require(self, name: str, legal: object, default: object) -> None:
         if self.content.get(name, default) != legal:
@@ -81,7 +88,7 @@ def read_sizes(folder: Path) -> ModelConfig:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: should be a JSON object")
     whole = _Section(file, content)
-    kind, classes = content.get("model_type"), content.get("architectures") or []
+    kind, classes = content.get("model_type"), whole.items("architectures")
     if kind not in ("mllama", "video_mllama"):
         raise CheckpointError(
             f"{file}: model_type is {kind!r}; what can be read is Llama-3.2-Vision (mllama) and MOSS-Video-Preview "
@@ -113,17 +120,19 @@ def _vision(vision: _Section) -> VisionConfig:
     vision.require("hidden_act", "gelu", "gelu")
     vision.require("num_channels", 3, 3)
     tiles = vision.integer("max_num_tiles", 4)
+    if tiles > _MAX_TILES:
+        raise vision.error("max_num_tiles", f"should be at most {_MAX_TILES}")
     heads = "attention_heads" if "attention_heads" in vision.content else "num_attention_heads"
     return VisionConfig(
         hidden_size=vision.integer("hidden_size", 1280),
         local_layers=vision.integer("num_hidden_layers", 32),
-        global_layers=vision.integer("num_global_layers", 8),
+        global_layers=vision.integer("num_global_layers", 8, least=0),
         attention_heads=vision.integer(heads, 16),
         mlp_size=vision.integer("intermediate_size", 5120),
         patch_size=vision.integer("patch_size", 14),
         image_size=vision.integer("image_size", 448),
         max_tiles=tiles,
-        aspect_ratios=len(vision.content.get("supported_aspect_ratios") or _tilings(tiles)),
+        aspect_ratios=len(vision.items("supported_aspect_ratios") or _tilings(tiles)),
         intermediate_layers=vision.integers("intermediate_layers_indices", [3, 7, 15, 23, 30]),
         norm_eps=vision.number("norm_eps", 1e-5),
     )
@@ -177,7 +186,7 @@ def _tilings(tiles: int) -> list[list[int]]:
 
 def _pool(vision: _Section) -> str:
     mode = vision.content.get("merge_mode", "average")
-    if mode not in _POOLS:
+    if mode is not None and (not isinstance(mode, str) or mode not in _POOLS):
         raise vision.error("merge_mode", "but patches can be pooled by average or max, or not at all (null)")
     return _POOLS[mode]
 
