@@ -1,6 +1,7 @@
 """The pipeline: check every stage, then train one after the other, each from where the one before ended."""
 
 from pathlib import Path
+from signal import Signals
 
 import torch
 
@@ -63,11 +64,19 @@ def _run_stages(run: RunConfig, stop: StopRequest, watchdog: Watchdog) -> int:
             if not plan.finished:
                 signal = run_stage(run, plan, _origin(run, plan, before), tokenizer, tracker, evaluator, stop)
                 if signal:
+                    if state.is_main:
+                        print(f"{plan.name}: {_stopped(signal, plan)}", flush=True)
                     return signal
             elif state.is_main:
                 print(f"{plan.name}: finished earlier, {plan.point.checkpoint}", flush=True)
             before = plan
     return 0
+
+
+def _stopped(signal: int, plan: StagePlan) -> str:
+    newest = latest(plan.checkpoints)
+    saved = f"saved as {newest}" if newest is not None else "before there was anything to save"
+    return f"stopped by {Signals(signal).name}, {saved}; the same command goes on"
 
 
 def _origin(run: RunConfig, plan: StagePlan, before: StagePlan | None) -> Origin | None:

@@ -32,6 +32,11 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    def obeyed(self) -> None:
+        """The process ends now: further signals are ignored for good. torchrun sends one to each process that has not
+        ended when the first has, and would count it as killed."""
+        self._previous = dict.fromkeys(self._previous, signal.SIG_IGN)
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._signal and number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -79,16 +79,17 @@ def stall_report(
     """The report that `who` holds up the job. `why`: what was seen of it; `stack`: None where it gave none."""
     rule = "=" * 100
     at = f" on {host}" if host else ""
+    last = ", at its last heartbeat" if stack is None else ""
     lines = [
         rule,
         f"STALLED: {who} {why}.",
-        f"  where     step {beat.step}, phase {beat.phase}{_waits(beat)}; process {pid}{at}",
+        f"  where     step {beat.step}, phase {beat.phase}{_waits(beat)}{last}; process {pid}{at}",
         f"  samples   {_listed(beat.keys) if beat.keys else 'none told'}",
     ]
     if stack is not None:
         lines += ["  threads, innermost call last:", stack.rstrip("\n")]
     else:
-        lines.append(f"  It gave no stacks. While it is there{at}: py-spy dump --pid {pid}")
+        lines.append(f"  No stacks, since it does not answer. While it is there{at}: py-spy dump --pid {pid}")
     if others:
         lines.append("The others:")
         lines += [f"  {name}: {_doing(other)}" for name, other in others[:_LINES_OF_OTHERS]]
