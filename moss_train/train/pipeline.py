@@ -5,6 +5,7 @@ from signal import Signals
 
 import torch
 
+from moss_train.checkpoint.store import latest
 from moss_train.data.sources import SourceFigures
 from moss_train.errors import CheckpointError
 from moss_train.model.config import RecomputeConfig
