@@ -104,7 +104,7 @@ def open_together(path: Path) -> CheckpointReader:
     try:
         _refuse_partial(path)
         reader = CheckpointReader(path, files.verified_manifest(path, rank_and_ranks()))
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         fault = str(error)
     faults = [told[0] for told in gather_lists([fault] if fault is not None else []) if told]
     if faults:
