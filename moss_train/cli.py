@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench cost": ("moss_train.bench.cost:cost", "what tokens and frames cost on this machine: data.cost to paste"),
     "bench data": ("moss_train.bench.data:data", "our loader beside webdataset and Energon; packing and planning"),
     "bench fuzz": ("moss_train.bench.fuzz:fuzz", "damaged and hostile inputs: nothing crashes, hangs or is lost"),
+    "bench recovery": ("moss_train.bench.recovery:recovery", "killed at random and resumed: is a bit lost?"),
     "bench parallel": ("moss_train.bench.parallel:parallel", "time, bytes sent and memory of parallel layouts"),
     "doctor": ("moss_train.doctor:doctor", "versions, devices and what is missing"),
 }
