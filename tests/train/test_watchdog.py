@@ -114,6 +114,7 @@ def test_a_stopped_process(small, tmp_path, rank):
             assert "the store of the job" in words
 
 
+@pytest.mark.slow
 def test_an_interpreter_that_is_held(small, tmp_path):
     with endless(small, tmp_path, mischief=stall_holding_the_interpreter) as job:
         assert job.exit_codes(SECONDS, [0]) == [STALLED]
