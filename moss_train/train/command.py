@@ -7,8 +7,8 @@ Train a recipe: moss-train train recipe=<name> [key=value …]
 
   recipe=NAME            align, temporal, sft, realtime (one stage), pipeline (all four), quickstart, quickstart_smoke,
                          or a file below recipes=DIR/recipe/
-  model=NAME             tiny, bench, moss_video_1b, moss_video_11b, llama_3_2_vision_11b, llama_3_2_vision_90b; sizes
-                         below model.*
+  model=NAME             tiny, bench, moss_video_1b, moss_video_11b, moss_video_90b, llama_3_2_vision_11b,
+                         llama_3_2_vision_90b; sizes below model.*
   layout=NAME            data_parallel (default), tp2_sp, tp4_pp2, …: docs/layouts.md; degrees: layout.tp, layout.pp, …
   precision=NAME         fp32 (default), bf16 (the published recipes'), fp16, fp8
   tracking=NAME          offline (default), online, disabled

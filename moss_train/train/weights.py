@@ -8,7 +8,7 @@ from pathlib import Path
 from moss_train.checkpoint.hugging_face.sizes import CONFIG, read_sizes, size_differences
 from moss_train.checkpoint.hugging_face.source import HuggingFaceSource, SafetensorsFiles, weight_files
 from moss_train.checkpoint.retention import BEST, best_checkpoint
-from moss_train.checkpoint.store import CheckpointReader, checkpoint_digest, latest, open_checkpoint, step_directories
+from moss_train.checkpoint.store import CheckpointReader, checkpoint_digest, latest, open_together, step_directories
 from moss_train.engines.fit import require_fit
 from moss_train.engines.pieces import TensorSource
 from moss_train.engines.weights import NAMESPACE, named_weights
@@ -65,11 +65,11 @@ class Origin:
         """The weights, named `model/<parameter>`, for `Engine.load_weights` and `load_weights_into`.
 
         `model` is a whole one; on the meta device will do. What is not asked for is not read. CheckpointError when they
-        do not fit `model`.
+        do not fit `model`. Collective: processes verify a checkpoint together.
         """
         if self.hugging_face:
             return HuggingFaceSource(SafetensorsFiles(self.path), model)
-        reader = open_checkpoint(self.path)
+        reader = open_together(self.path)
         found = {name: shape for name, shape in reader.shapes().items() if name.startswith(f"{NAMESPACE}/")}
         require_fit(found, expected_shapes(model), reader.origin)
         return reader

@@ -147,6 +147,7 @@ def test_the_config_of_the_reference_code_has_its_recipes_additions(golden):
         ("llama_3_2_vision_11b", 10_670_220_835),
         ("moss_video_11b", 10_670_220_835),
         ("llama_3_2_vision_90b", 88_593_355_323),
+        ("moss_video_90b", 88_593_355_323),
     ],
 )
 def test_published_sizes_equal_transformers(recipe, parameters, tmp_path):

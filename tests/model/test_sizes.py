@@ -20,7 +20,7 @@ def model_on_meta(name: str, parallel_state) -> VideoModel:
     ("name", "low", "high"),
     [
         ("moss_video_11b", 10_670_220_835, 10_670_220_835),  # the published checkpoint's
-        ("llama_3_2_vision_90b", 88_593_355_323, 88_593_355_323),
+        ("moss_video_90b", 88_593_355_323, 88_593_355_323),
         ("moss_video_1b", 1.0e9, 1.2e9),
         ("bench", 45e6, 58e6),
         ("tiny", 1.0e6, 2.5e6),

@@ -23,7 +23,7 @@ def test_every_model_composes(model):
 def test_every_layout_composes(layout, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "64")
     said = yaml.safe_load((shipped_directory("recipes") / "layout" / f"{layout}.yaml").read_text())
-    for model in ("moss_video_11b", "llama_3_2_vision_90b"):
+    for model in ("moss_video_11b", "moss_video_90b", "llama_3_2_vision_90b"):
         run = compose_run(["recipe=pipeline", f"layout={layout}", f"model={model}"])
         assert {name: getattr(run.layout, name) for name in said} == said
 
