@@ -84,6 +84,23 @@ def test_a_signal_before_the_first_step_is_not_lost(small, tmp_path, mischief):
     assert (tmp_path / "run").exists() == (mischief is stop_while_loading)
 
 
+def come_never(rank: int) -> None:
+    from moss_train.train import signals
+
+    signals._MEETING_S = 1.0
+    if rank == 1:
+        time.sleep(3600)
+    print("COMES", flush=True)
+
+
+def test_a_signal_while_the_others_have_not_come(small, tmp_path):
+    with endless(small, tmp_path, 2, come_never) as job:
+        job.wait_until(lambda: "COMES" in job.words_of(0))
+        time.sleep(2.0)
+        os.kill(job.pid(0), signal.SIGTERM)
+        assert job.exit_codes(20, [0]) == [REQUEUE], job.words()
+
+
 def test_a_signal_that_comes_while_torch_is_imported(small, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "moss_train", "train", *small, f"output_dir={tmp_path / 'run'}"],
