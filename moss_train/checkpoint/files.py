@@ -91,7 +91,8 @@ def verified_manifest(directory: Path, share: tuple[int, int] = (0, 1)) -> dict[
     """The manifest {"step": int, "files": {name: …}, "digest": str}, after comparing every file with it.
 
     Contents are read once in a process, unless the manifest, or a file's size or times, have changed since.
-    share: (number, count) of the readers that divide the contents among them; sizes are compared by each.
+    share: (number, count) of the readers that divide the tensors' files among them; each compares all sizes, and the
+    small files, which it is about to parse.
     CheckpointError names the first file that is missing, cut, changed, or not a plain file of this directory.
     """
     content = read_manifest(directory)
@@ -99,7 +100,7 @@ def verified_manifest(directory: Path, share: tuple[int, int] = (0, 1)) -> dict[
         listed = content["files"]
         seen = (content["digest"], *(_state(directory, name, entry["bytes"]) for name, entry in listed.items()))
         if _verified.get(directory.resolve()) != seen:
-            _check_contents(directory, dict(list(listed.items())[share[0] :: share[1]]))
+            _check_contents(directory, _share(listed, *share))
             _verified[directory.resolve()] = seen
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{directory / MANIFEST}: damaged, or not of the format {FORMAT}: {error!r}") from error
@@ -125,6 +126,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def forget_verified(directory: Path) -> None:
     """Read the contents again at the next verification: another reader found its share of them damaged."""
     _verified.pop(directory.resolve(), None)
+
+
+def _share(listed: Mapping[str, dict[str, Any]], number: int, count: int) -> dict[str, dict[str, Any]]:
+    """The files whose content one of `count` readers compares."""
+    tensors = [name for name in listed if name.endswith(".safetensors")]
+    others = set(tensors) - set(tensors[number::count])
+    return {name: entry for name, entry in listed.items() if name not in others}
 
 
 def _check_contents(directory: Path, listed: Mapping[str, dict[str, Any]]) -> None:
