@@ -1,6 +1,6 @@
 """Files that survive a crash, and a manifest that notices any byte that did not.
 
-A directory is complete when its `manifest.json` exists, lists every file with size and SHA-256, and all of them
+A directory is complete when its `manifest.json` exists, lists every file with size and checksum, and all of them
 agree. The manifest checks itself: it has one canonical form, which contains the digest of its own content.
 """
 
@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from moss_train.errors import CheckpointError
 
 FORMAT = "moss_train/checkpoint@1"
@@ -22,6 +24,12 @@ MANIFEST = "manifest.json"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 _HASH_THREADS = 4
+
+#: Of a file, in the manifest: the 128-bit XXH3 (https://xxhash.com). It finds damage, as SHA-256 would, and takes a
+#: tenth of its time, which on fast disks is most of a load; a manifest's own digest, which identifies a checkpoint, is
+#: a SHA-256. Neither keeps out somebody who can write into the directory.
+CHECKSUM = "xxh3_128"
+new_checksum = xxhash.xxh3_128
 
 #: What this process has verified: directory → its manifest's digest and the state of each file then. A checkpoint is
 #: opened several times on the way from a plan to a model, and hashing it costs as much as reading it.
@@ -83,7 +91,7 @@ def write_manifest(directory: Path, step: int, known: Mapping[str, dict[str, Any
     listed = dict(known or {})
     for path in sorted(directory.iterdir()):
         if path.name not in listed:
-            listed[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            listed[path.name] = {"bytes": path.stat().st_size, CHECKSUM: _checksum(path)}
     write_durably(directory / MANIFEST, _manifest_bytes(step, dict(sorted(listed.items()))))
 
 
@@ -138,7 +146,7 @@ def _share(listed: Mapping[str, dict[str, Any]], number: int, count: int) -> dic
 def _check_contents(directory: Path, listed: Mapping[str, dict[str, Any]]) -> None:
     """Compare several files at a time: hashing one of them keeps one processor busy."""
     with ThreadPoolExecutor(min(_HASH_THREADS, os.cpu_count() or 1)) as pool:
-        checks = [pool.submit(_check_content, directory / name, entry["sha256"]) for name, entry in listed.items()]
+        checks = [pool.submit(_check_content, directory / name, entry[CHECKSUM]) for name, entry in listed.items()]
     for check in checks:
         check.result()
 
@@ -156,9 +164,9 @@ def _state(directory: Path, name: str, size: int) -> tuple[int, ...]:
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _check_content(path: Path, sha256: str) -> None:
-    if _sha256(path) != sha256:
-        raise CheckpointError(f"{path}: the content has changed since it was written (SHA-256 differs)")
+def _check_content(path: Path, checksum: str) -> None:
+    if _checksum(path) != checksum:
+        raise CheckpointError(f"{path}: the content has changed since it was written (its checksum differs)")
 
 
 def _manifest_bytes(step: int, files: dict[str, Any]) -> bytes:
@@ -167,6 +175,6 @@ def _manifest_bytes(step: int, files: dict[str, Any]) -> bytes:
     return (json.dumps(body | {"digest": digest}, sort_keys=True, indent=1) + "\n").encode()
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _checksum(path: Path) -> str:
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, new_checksum).hexdigest()

@@ -6,7 +6,6 @@ of a JSON header {name: {"dtype", "shape", "data_offsets": [begin, end]}}; the h
 bytes one after the other. Files are read with the library.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -16,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from moss_train.checkpoint.files import new_checksum
 
 _DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
@@ -32,7 +33,7 @@ class WrittenFile:
 
     name: str
     bytes: int
-    sha256: str
+    checksum: str  #: `files.CHECKSUM`
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def write_safetensors(
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    digest, unsynced = hashlib.sha256(), 0
+    digest, unsynced = new_checksum(), 0
     with path.open("wb", buffering=0) as file:
 
         def put(part: memoryview | bytes) -> None:

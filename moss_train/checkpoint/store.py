@@ -6,7 +6,7 @@
       index.json                    which slice of which tensor lies where (`tensor_files`)
       state.json                    step, loader position, engine metadata
       config.yaml, provenance.json  what made it
-      manifest.json                 size and SHA-256 of each file above
+      manifest.json                 size and checksum of each file above
     latest                          the name of the directory to go on from
 
 A save writes into `.tmp-step_…`, syncs, renames, then moves the pointer. Killed at any instant, it leaves the

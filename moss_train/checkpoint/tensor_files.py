@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moss_train.checkpoint.files import FORMAT, read_json
+from moss_train.checkpoint.files import CHECKSUM, FORMAT, read_json
 from moss_train.checkpoint.safetensors_file import WrittenFile, write_safetensors
 from moss_train.engines.pieces import Piece, Shape, slices_of
 from moss_train.errors import CheckpointError
@@ -69,7 +69,7 @@ def write_part(
 
 
 def merge_parts(parts: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The content of index.json, and {file: {"bytes", "sha256"}} of all writers.
+    """The content of index.json, and {file: {"bytes", CHECKSUM}} of all writers.
 
     CheckpointError when they disagree about a tensor, or do not cover one: what is saved must be all there is.
     """
@@ -92,7 +92,7 @@ def merge_parts(parts: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], dict[s
 
 def described(written: WrittenFile) -> dict[str, Any]:
     """A file's entry in a manifest."""
-    return {"bytes": written.bytes, "sha256": written.sha256}
+    return {"bytes": written.bytes, CHECKSUM: written.checksum}
 
 
 class TensorIndex:

@@ -180,8 +180,8 @@ def test_a_removal_killed_half_way_leaves_nothing_to_load(tmp_path, monkeypatch)
 def test_contents_are_read_once_in_a_process(tmp_path, monkeypatch):
     path = save(tmp_path, 1)
     hashed = []
-    original = files._sha256
-    monkeypatch.setattr(files, "_sha256", lambda file: hashed.append(file.name) or original(file))
+    original = files._checksum
+    monkeypatch.setattr(files, "_checksum", lambda file: hashed.append(file.name) or original(file))
     load_checkpoint(path)
     assert sorted(hashed) == sorted(file.name for file in path.iterdir() if file.name != files.MANIFEST)
     hashed.clear()

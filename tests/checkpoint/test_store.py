@@ -189,7 +189,7 @@ def test_a_manifest_that_names_another_directory_is_refused(tmp_path):
     path = save(tmp_path)
     (tmp_path / "outside").write_text("x")
     listed = json.loads((path / "manifest.json").read_text())["files"]
-    listed["../outside"] = {"bytes": 1, "sha256": files._sha256(tmp_path / "outside")}
+    listed["../outside"] = {"bytes": 1, files.CHECKSUM: files._checksum(tmp_path / "outside")}
     (path / "manifest.json").write_bytes(files._manifest_bytes(100, listed))
     with pytest.raises(CheckpointError, match="not the name of a file in this directory"):
         verify(path)
