@@ -69,6 +69,7 @@ class Watchdog:
         self._heard: dict[int, tuple[int, float]] = {}  #: rank → number of its newest heartbeat, when it came
         self._beats: dict[int, Beat] = {}  #: what was heard last
         self._suspect: int | None = None
+        self._told_of_step = 0
         self._answered = time.monotonic()  #: when the store last answered
 
     def __enter__(self) -> "Watchdog":
@@ -150,10 +151,25 @@ class Watchdog:
             left = beat.allowed_s - beat.quiet_s + backstop
             with contextlib.suppress(OSError, ValueError, AttributeError):  # no standard error to write to
                 faulthandler.dump_traceback_later(max(left, backstop), exit=self._board is None, file=sys.__stderr__)
+            self._tell_of_waiting(beat)
             unanswered = self._board is None or self._unanswered_s() > max(patience, stall_s)
             overdue = overdue + 1 if beat.overdue and unanswered else 0
             if overdue >= 2 and not self._left.is_set():
                 self._end_alone(beat)
+
+    def _tell_of_waiting(self, beat: Beat) -> None:
+        """A decoder that takes long has a deadline of its own, after which the run goes on without its sample. Until
+        then a line says what is waited for, once a step."""
+        stall_s = self._config.stall_s or 0.0
+        patient = beat.phase == "data" and stall_s < beat.quiet_s <= beat.allowed_s and phases.activity().loading.keys
+        if patient and self._told_of_step != beat.step:
+            self._told_of_step = beat.step
+            own = str(self._board.own) if self._board is not None else "this process"
+            _say(
+                f"waiting: {own} has waited {beat.quiet_s:.0f} s in phase data of step {beat.step} for the frames of "
+                f"{', '.join(beat.keys)}. A decoder has data.decode_timeout_s and one more try, then the sample is "
+                f"quarantined; after {beat.allowed_s:.0f} s the job ends.\n{stacks()}"
+            )
 
     def _end_alone(self, beat: Beat) -> NoReturn:
         board = self._board

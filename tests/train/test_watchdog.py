@@ -158,3 +158,18 @@ def test_settings_that_cannot_be(field, value):
     with pytest.raises(ConfigError, match=f"watchdog.{field}={value}"):
         config.validate()
     WatchdogConfig(stall_s=None).validate()
+
+
+def test_a_slow_decoder_is_told_of_once_before_it_is_given_up(monkeypatch):
+    from moss_train.parallel import phases
+    from moss_train.train import watchdog
+
+    told = []
+    monkeypatch.setattr(watchdog, "_say", told.append)
+    monkeypatch.setattr(phases.activity(), "loading", phases.Waiting(("clip-7",), time.monotonic(), 240.0))
+    watching = watchdog.Watchdog(WatchdogConfig())
+    for step, quiet_s in ((3, 49.0), (3, 51.0), (3, 90.0), (4, 55.0)):
+        watching._tell_of_waiting(Beat(step=step, phase="data", quiet_s=quiet_s, allowed_s=240.0, keys=["clip-7"]))
+    watching._tell_of_waiting(Beat(step=5, phase="forward", quiet_s=55.0, allowed_s=240.0))
+    assert len(told) == 2
+    assert "waited 51 s in phase data of step 3 for the frames of clip-7" in told[0] and "test_watchdog.py" in told[0]
