@@ -276,13 +276,23 @@ class Watchdog:
             beats = self._hear(board, range(len(board.places)))
         elif board.own.rank not in watchers:
             return None
-        silent = [r for r, b in beats.items() if not b.done and self._silent_s(r) > max(stall_s, b.allowed_s)]
+        silent = [
+            r for r, b in beats.items() if not b.done and self._silent_s(r) > self._silence_allowed_s(board, r, b)
+        ]
         suspect = max(silent, key=self._silent_s) if silent else culprit(beats)
         confirmed, self._suspect = suspect is not None and suspect == self._suspect, suspect
         if suspect is None or not confirmed:
             return None
         why = self._silence(board, suspect) if silent else _quiet(beats[suspect])
         return Verdict("stalled", suspect, why, board.own.rank)
+
+    def _silence_allowed_s(self, board: Board, rank: int, beat: Beat) -> float:
+        """Compiled code that lets no other thread run may silence a healthy process, and for as long as its phase may
+        take (`start` takes long); nothing excuses one that is seen to be stopped."""
+        stall_s = self._config.stall_s or 0.0
+        if self._silent_s(rank) > stall_s and process_state(board.places[rank], board.own) == "stopped":
+            return stall_s
+        return max(stall_s, beat.allowed_s)
 
     def _hear(self, board: Board, ranks: range | list[int]) -> dict[int, Beat]:
         beats = board.hear(ranks)
