@@ -24,7 +24,7 @@ def test_a_quick_run_tells_every_figure(tmp_path, capsys):
     [({}, None), ({"pause": 0.2}, "pause_ratio"), ({"save": 2.1}, "save_vs_copy"), ({"load": 2.1}, "load_vs_copy")],
 )
 def test_the_verdict(monkeypatch, changed, failing):
-    seconds = {name: 1.0 for name in Round.__dataclass_fields__} | {"pause": 0.1} | changed
+    seconds = dict.fromkeys(Round.__dataclass_fields__, 1.0) | {"pause": 0.1} | changed
     monkeypatch.setattr(checkpoint, "measure_round", lambda *arguments: Round(**seconds))
     result = checkpoint_figures(CheckpointOptions(rounds=1, model="tiny"))
     assert result["ok"] == (failing is None)
