@@ -44,11 +44,17 @@ def write_durably(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def replace_durably(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees either the old content or the new, never a part."""
+def replace(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees either the old content or the new, never a part. Its content is on disk then,
+    the directory entry only after `sync_directory`."""
     temporary = path.with_name(f".tmp-{path.name}")
     write_durably(temporary, content)
     os.replace(temporary, path)
+
+
+def replace_durably(path: Path, content: bytes) -> None:
+    """`replace`, durable when it returns."""
+    replace(path, content)
     sync_directory(path.parent)
 
 

@@ -42,6 +42,7 @@ class _Running:
     """A save that is being written."""
 
     step: int
+    partial: Path  #: the folder it is written into
     bytes: int
     pause_s: float
     began: float
@@ -99,12 +100,12 @@ class Saver:
         began = time.perf_counter()
         with phases.phase("save"):
             before = self.finish()
-            texts = self._prepare(step, state, provenance)
+            partial, texts = self._prepare(step, state, provenance)
             copies = self._snapshot.take(pieces) if self._asynchronous else list(pieces)
             size = sum(piece.tensor.nbytes for piece in copies)
             stop = threading.Event()
             thread = threading.Thread(target=self._write, args=(copies, texts), name=f"save-{step}", daemon=True)
-            self._running = _Running(step, size, time.perf_counter() - began, began, thread, stop)
+            self._running = _Running(step, partial, size, time.perf_counter() - began, began, thread, stop)
             thread.start()
             if not self._asynchronous:
                 self._await(self._own_part_written)
@@ -136,28 +137,28 @@ class Saver:
                 self._fail(running)
             return self._completed(running)
 
-    def _prepare(self, step: int, state: dict[str, Any], provenance: dict[str, Any]) -> dict[str, bytes]:
-        """The folder for this save, made by the main process; the text files of the checkpoint."""
+    def _prepare(self, step: int, state: dict[str, Any], provenance: dict[str, Any]) -> tuple[Path, dict[str, bytes]]:
+        """The folder for this save, made by the main process; there, the text files of the checkpoint."""
         texts: dict[str, bytes] = {}
-        fault = None
+        partial, fault = "", ""
         if self._rank == 0:
             try:
                 texts = store.text_files(state, provenance)
-                store.begin_directory(self._directory, step)
+                partial = store.begin_directory(self._directory, step).name
             except CheckpointError as error:
                 fault = str(error)
             except OSError as error:
                 fault = store.cannot_write(self._directory, step, error)
-        faults = gather_lists([fault] if fault is not None else [])
-        if faults[0]:
-            raise CheckpointError(faults[0][0])
-        return texts
+        partial, fault = gather_lists([partial, fault] if self._rank == 0 else [])[0]
+        if fault:
+            raise CheckpointError(fault)
+        return self._directory / partial, texts
 
     def _write(self, copies: Sequence[Piece], texts: dict[str, bytes]) -> None:
         """The thread's work: this process's files, then, on the main process, the whole."""
         running = self._running
         assert running is not None
-        partial = store.partial_directory(self._directory, running.step)
+        partial = running.partial
 
         def progress() -> None:
             running.progress += 1
@@ -166,11 +167,13 @@ class Saver:
 
         try:
             part = write_part(partial, self._rank, copies, self._file_bytes, progress)
-            files.replace_durably(partial / _part_file(self._rank), json.dumps(part).encode())
+            files.sync_directory(partial)
+            # The last that is done in the folder: whoever sees this file may rename it.
+            files.replace(partial / _part_file(self._rank), json.dumps(part).encode())
             running.part_written = True
             if self._rank == 0:
                 parts = self._gathered_parts(partial, progress)
-                path = store.publish(self._directory, running.step, parts, texts)
+                path = store.publish(partial, running.step, parts, texts)
                 self._retain(self._directory)
                 running.path = path
         except _GivenUp:
@@ -220,7 +223,7 @@ class Saver:
         self._running = None
         errors = [told[0] for told in gather_lists([running.error] if running.error else []) if told]
         if self._rank == 0:
-            store.discard_partial(self._directory, running.step)
+            store.discard_partial(running.partial)
         raise CheckpointError(errors[0])
 
     def _completed(self, running: _Running) -> SaveFigures:

@@ -10,15 +10,16 @@
     latest                          the name of the directory to go on from
 
 A save writes into `.tmp-step_…`, syncs, renames, then moves the pointer. Killed at any instant, it leaves the
-previous checkpoint and pointer as they were. A directory of checkpoints has one run that writes to it; `saver` is how
-its processes do it together, `save_checkpoint` is for one process alone.
+previous checkpoint and pointer as they were. No two saves write into a folder of one name, so that a process which a
+killed job has left on another host cannot spoil what its successor writes. A directory of checkpoints has one run that
+writes to it; `saver` is how its processes do it together, `save_checkpoint` is for one process alone.
 """
 
-import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,9 +135,16 @@ def save_checkpoint(
     pieces = [
         Piece(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor.detach()) for name, tensor in tensors.items()
     ]
-    with intact_on_error(directory, step):
+    partial = None
+    try:
         partial = begin_directory(directory, step)
-        return publish(directory, step, [write_part(partial, 0, pieces, file_bytes)], texts)
+        return publish(partial, step, [write_part(partial, 0, pieces, file_bytes)], texts)
+    except (OSError, CheckpointError) as error:
+        if partial is not None:
+            discard_partial(partial)
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(cannot_write(directory, step, error)) from error
 
 
 def text_files(state: dict[str, Any], provenance: dict[str, Any]) -> dict[str, bytes]:
@@ -154,25 +162,21 @@ def text_files(state: dict[str, Any], provenance: dict[str, Any]) -> dict[str, b
 
 
 def begin_directory(directory: Path, step: int) -> Path:
-    """An empty folder for a save's files, after clearing what killed saves left. OSError when there can be none."""
+    """A new folder for a save's files, after clearing what killed saves left. OSError when there can be none."""
     directory.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(directory)
-    partial = partial_directory(directory, step)
+    partial = _unused(directory, f"{_PARTIAL}{step_name(step)}")
     partial.mkdir()
     return partial
 
 
-def partial_directory(directory: Path, step: int) -> Path:
-    """Where a save of `step` writes before it is complete."""
-    return directory / f"{_PARTIAL}{step_name(step)}"
-
-
-def publish(directory: Path, step: int, parts: Sequence[dict[str, Any]], texts: Mapping[str, bytes]) -> Path:
+def publish(partial: Path, step: int, parts: Sequence[dict[str, Any]], texts: Mapping[str, bytes]) -> Path:
     """Complete a save whose tensors are written: index, texts, manifest; then rename it and move the pointer.
 
-    parts: what `write_part` gave, of every writer. OSError or CheckpointError when it cannot be.
+    partial: what `begin_directory` gave. parts: what `write_part` gave, of every writer. OSError or CheckpointError
+    when it cannot be.
     """
-    partial, final = partial_directory(directory, step), directory / step_name(step)
+    final = partial.parent / step_name(step)
     index, known = merge_parts(parts)
     files.write_durably(partial / INDEX, files.json_bytes(index, INDEX))
     for name, content in texts.items():
@@ -183,21 +187,9 @@ def publish(directory: Path, step: int, parts: Sequence[dict[str, Any]], texts: 
     return final
 
 
-def discard_partial(directory: Path, step: int) -> None:
-    """Remove what a failed save of `step` wrote."""
-    shutil.rmtree(partial_directory(directory, step), ignore_errors=True)
-
-
-@contextlib.contextmanager
-def intact_on_error(directory: Path, step: int) -> Iterator[None]:
-    """Turn an OSError of a save into a CheckpointError, its unfinished folder removed."""
-    try:
-        yield
-    except (OSError, CheckpointError) as error:
-        discard_partial(directory, step)
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(cannot_write(directory, step, error)) from error
+def discard_partial(partial: Path) -> None:
+    """Remove what a failed save wrote."""
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def cannot_write(directory: Path, step: int, error: object) -> str:
@@ -284,16 +276,24 @@ def step_of(path: Path) -> int:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete one step directory; killed half-way, it leaves nothing that looks like a checkpoint."""
-    trash = path.with_name(f"{_TRASH}{path.name}")
+    """Delete one step directory; killed half-way, it leaves nothing that looks like a checkpoint.
+
+    What cannot be deleted at once, such as a file on NFS that somebody reads, the next save tries again.
+    """
+    trash = _unused(path.parent, f"{_TRASH}{path.name}")
     os.rename(path, trash)
     files.sync_directory(path.parent)
-    shutil.rmtree(trash)
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 def step_name(step: int) -> str:
     """The folder of a step's checkpoint."""
     return f"step_{step:08d}"
+
+
+def _unused(directory: Path, prefix: str) -> Path:
+    """A path that no other process, nor an earlier one, has."""
+    return directory / f"{prefix}-{uuid.uuid4().hex[:12]}"
 
 
 def _refuse_partial(path: Path) -> None:
@@ -321,8 +321,11 @@ def _remove_leftovers(directory: Path) -> None:
     """Clear what a killed save or removal left; a replaced checkpoint only once its successor stands."""
     for path in directory.iterdir():
         original = directory / path.name.removeprefix(_REPLACED)
-        if path.name.startswith((_PARTIAL, _TRASH)) or (path.name.startswith(_REPLACED) and original.exists()):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.name.startswith((_PARTIAL, _TRASH)):
+            # No name of these is used again, so that what cannot be removed yet is in nobody's way.
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        elif path.name.startswith(_REPLACED) and original.exists():
+            shutil.rmtree(path)
         elif path.name.startswith(_REPLACED):
             os.rename(path, original)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from moss_train.checkpoint import files
 from moss_train.checkpoint import saver as saver_module
 from moss_train.checkpoint.saver import Saver
 from moss_train.checkpoint.store import open_together
@@ -77,6 +78,26 @@ def save_with_a_full_disk(rank: int, ranks: int, folder: str, broken: int, how: 
     saver.begin(3, pieces_of(rank, ranks, 30.0), {"step": 3}, {})
     saver.finish()
     return [told, *left]
+
+
+def save_with_a_slow_process(rank: int, ranks: int, folder: str) -> list[str]:
+    """What is there after a save in which every directory is slow to be synced by the last rank."""
+    groups.initialize(LayoutConfig())
+    original = files.sync_directory
+
+    def slow(path: Path) -> None:
+        time.sleep(0.5)
+        original(path)
+
+    if rank == ranks - 1:
+        files.sync_directory = slow
+    try:
+        saver = Saver(Path(folder))
+        saver.begin(1, pieces_of(rank, ranks, 10.0), {"step": 1}, {})
+        saver.finish()
+    finally:
+        files.sync_directory = original
+    return sorted(path.name for path in Path(folder).iterdir())
 
 
 def save_where_nothing_can_be_made(rank: int, ranks: int, folder: str) -> str:

@@ -9,6 +9,7 @@ import saver_jobs
 import torch
 
 from moss_train.bench.equivalence.ranks import Ranks
+from moss_train.checkpoint import files, store
 from moss_train.checkpoint.saver import Saver
 from moss_train.checkpoint.store import latest, load_checkpoint
 from moss_train.engines.pieces import Piece
@@ -45,6 +46,25 @@ def test_a_folder_that_cannot_be_made_is_an_error_on_all(ranks, tmp_path):
     (tmp_path / "taken").write_text("")
     told = ranks.run(2, saver_jobs.save_where_nothing_can_be_made, str(tmp_path))
     assert told[0] == told[1] and "taken" in told[0] and "cannot be written" in told[0]
+
+
+def test_the_folder_may_be_renamed_as_soon_as_the_last_part_is_seen(ranks, tmp_path):
+    for left in ranks.run(3, saver_jobs.save_with_a_slow_process, str(tmp_path)):
+        assert left == ["latest", "step_00000001"]
+
+
+def test_what_a_killed_job_left_behind_writes_into_no_later_save(tmp_path):
+    """A process on another host may live for a while after its job was started again."""
+    left = store.begin_directory(tmp_path, 1)
+    part = left / "part-00001.json"
+    part.write_text("{}")
+    saver = Saver(tmp_path)
+    saver.begin(1, [Piece("model/w", (1,), (0,), torch.ones(1))], {}, {})
+    with pytest.raises(FileNotFoundError):
+        files.replace(part, b"{}")
+    saver.finish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
+    assert not list(latest(tmp_path).glob("part-*"))
 
 
 def test_a_part_that_is_missing_is_never_published(ranks, tmp_path):
