@@ -85,7 +85,7 @@ def read_json(path: Path) -> Any:
     """Parsed JSON of a file; CheckpointError names the file."""
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
@@ -132,6 +132,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         if content["format"] != FORMAT or manifest.read_bytes() != _manifest_bytes(content["step"], content["files"]):
             raise ValueError("it is not what was written")
+        if type(content["step"]) is not int:
+            raise TypeError(f"step {content['step']!r}")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{manifest}: damaged, or not of the format {FORMAT}: {error!r}") from error
     return content

@@ -66,8 +66,8 @@ class CheckpointReader:
         self.origin = str(path)
         self.step: int = manifest["step"]
         self.digest: str = manifest["digest"]  #: SHA-256 of the manifest's content, which tells it from any other
-        self.state: dict[str, Any] = files.read_json(path / STATE)
-        self.provenance: dict[str, Any] = files.read_json(path / PROVENANCE)
+        self.state: dict[str, Any] = _read_object(path / STATE)
+        self.provenance: dict[str, Any] = _read_object(path / PROVENANCE)
         self.provenance["config"] = _read_config(path / CONFIG)
         self._index = TensorIndex(path, manifest["files"])
 
@@ -328,6 +328,13 @@ def _remove_leftovers(directory: Path) -> None:
             shutil.rmtree(path)
         elif path.name.startswith(_REPLACED):
             os.rename(path, original)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content = files.read_json(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: should hold a JSON object")
+    return content
 
 
 def _read_config(path: Path) -> Any:

@@ -148,15 +148,17 @@ class TensorIndex:
         return tuple(self._entries[name]["shape"])
 
     def _check(self, name: str, entry: dict[str, Any]) -> None:
-        where, shape = f"{self._directory / INDEX}: {name}", entry["shape"]
+        where, shape = f"{self._directory / INDEX}: {name}", _sizes(entry["shape"])
         if entry["dtype"] not in _DTYPES:
             raise CheckpointError(f"{where}: unknown dtype {entry['dtype']!r}")
         for piece in entry["slices"]:
             # The manifest's names have been checked, so no slice can point outside the directory.
             if piece["file"] not in self._files:
                 raise CheckpointError(f"{where}: {piece['file']!r} is not a file of this checkpoint")
-            extents = list(zip(piece["offsets"], piece["shape"], shape, strict=True))
-            if not all(0 <= offset and 0 <= extent and offset + extent <= size for offset, extent, size in extents):
+            if not isinstance(piece["key"], str):
+                raise TypeError(f"key {piece['key']!r}")
+            extents = zip(_sizes(piece["offsets"]), _sizes(piece["shape"]), shape, strict=True)
+            if not all(offset + extent <= size for offset, extent, size in extents):
                 raise CheckpointError(f"{where}: a slice lies outside the tensor's shape {shape}")
         _require_cover(where, entry)
 
@@ -174,6 +176,13 @@ class TensorIndex:
                 f"the index says {entry['dtype']} {piece['shape']} for {name}"
             )
         return tensor
+
+
+def _sizes(found: Any) -> list[int]:
+    """`found`, a list of whole numbers that are not negative; TypeError when it is anything else."""
+    if not isinstance(found, list) or not all(type(size) is int and size >= 0 for size in found):
+        raise TypeError(f"{found!r} are no sizes")
+    return found
 
 
 def _require_cover(where: str, entry: dict[str, Any]) -> None:

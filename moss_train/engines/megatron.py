@@ -117,9 +117,9 @@ class MegatronEngine:
         rates = self._set_learning_rates()
         overflowed = bool(self._optimizer.prepare_grads())
         grad_norm = float(self._optimizer.get_grad_norm())
-        # Loss and norm are sums over every rank, so all ranks come to the same verdict.
+        # Loss and norm are sums over every rank, so all ranks come to the same verdict whether they are finite.
         skipped = overflowed or not (math.isfinite(figures.loss) and math.isfinite(grad_norm))
-        skipped = skipped or (loss_limit is not None and figures.loss > loss_limit)
+        skipped = (loss_limit is not None and self._any(figures.loss > loss_limit)) or skipped
         if not skipped:
             self._clip(grad_norm)
             self._optimizer.step_with_ready_grads()
@@ -377,6 +377,13 @@ class MegatronEngine:
         if state.pipeline_ranks > 1:
             torch.distributed.all_reduce(summed, group=state.pipeline_group)
         return summed
+
+    def _any(self, flag: bool) -> bool:
+        """Whether it is set on any rank. Sums of the same numbers may differ in the last bit between groups of ranks,
+        where that decides."""
+        told = torch.tensor(int(flag), device=self._parallel.device)
+        torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
+        return bool(told)
 
     def _global_normaliser(self, microbatches: Sequence[Batch]) -> torch.Tensor:
         total = torch.stack([self._objective.normaliser(batch) for batch in microbatches]).sum(dim=0)

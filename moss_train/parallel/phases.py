@@ -36,6 +36,8 @@ class Activity:
     longest: dict[str, float] = field(default_factory=dict)  #: phase → longest time between two signs of life in it
     loading: Waiting = Waiting()  #: written, whole, by the thread that makes steps ready
     first_step: bool = True  #: of the stage in this process: it compiles, and says nothing of the later ones' times
+    #: `longest` of the first step, while the second is under way: that takes no longer, compiled or not
+    at_first: dict[str, float] = field(default_factory=dict)
 
 
 _activity = Activity()
@@ -51,14 +53,16 @@ def begin_stage() -> None:
     beat()
     _activity.step, _activity.keys, _activity.first_step = 0, (), True
     _activity.rounds += 1
-    _activity.longest = {}
+    _activity.longest, _activity.at_first = {}, {}
 
 
 def begin_step(step: int) -> None:
     """Step number `step` begins; its samples are not known yet."""
     beat()
-    if _activity.step and _activity.first_step:
-        _activity.first_step, _activity.longest = False, dict.fromkeys(_activity.longest, 0.0)
+    if _activity.step:
+        _activity.at_first = _activity.longest if _activity.first_step else {}
+        if _activity.first_step:
+            _activity.first_step, _activity.longest = False, dict.fromkeys(_activity.longest, 0.0)
     _activity.step, _activity.keys = step, ()
     _activity.rounds += 1
 

@@ -152,7 +152,9 @@ class Watchdog:
             with contextlib.suppress(OSError, ValueError, AttributeError):  # no standard error to write to
                 faulthandler.dump_traceback_later(max(left, backstop), exit=self._board is None, file=sys.__stderr__)
             self._tell_of_waiting(beat)
-            unanswered = self._board is None or self._unanswered_s() > max(patience, stall_s)
+            # With a verdict the store is asked for other things, and the thread that does so ends the process.
+            judged = self._judged.is_set()
+            unanswered = self._board is None or (not judged and self._unanswered_s() > max(patience, stall_s))
             overdue = overdue + 1 if beat.overdue and unanswered else 0
             if overdue >= 2 and not self._left.is_set():
                 self._end_alone(beat)
@@ -225,7 +227,8 @@ class Watchdog:
             return self._config.start_s
         # A decoder that hangs is ended by its own deadline, and the run goes on without the sample.
         patience = loading.patience_s if phase == "data" and loading.keys else 0.0
-        return max(self._config.stall_s, self._config.slow_factor * known, patience)
+        at_first = activity.at_first.get(phase, 0.0)
+        return max(self._config.stall_s, self._config.slow_factor * known, at_first, patience)
 
     # Together
 

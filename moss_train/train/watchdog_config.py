@@ -16,7 +16,8 @@ class WatchdogConfig:
     """The same before a stage's second step, and for the first checkpoint and evaluation, of which nobody knows yet how
     long they take: loading, compiling, measuring lengths."""
     slow_factor: float = 3.0
-    """A phase that has healthily been without a sign of life for longer gets this many times that, if it is more."""
+    """A phase that has healthily been without a sign of life for longer gets this many times that, if it is more; in a
+    stage's second step, of whose kind nothing is known yet, as long as in the first."""
 
     def validate(self) -> None:
         """Raise ConfigError for the first illegal value."""

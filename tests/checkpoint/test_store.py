@@ -147,7 +147,14 @@ def rewrite_index(path, change) -> None:
 
 
 def piece(**changes):
-    return {"file": "tensors-00000.safetensors", "key": "model/matrix", "offsets": [0, 0], "shape": [4, 3]} | changes
+    whole = {"file": "tensors-00000-00000.safetensors", "key": "model/matrix", "offsets": [0, 0], "shape": [4, 3]}
+    return {key: value for key, value in (whole | changes).items() if value is not None}
+
+
+def test_the_index_that_the_next_test_spoils_is_good(tmp_path):
+    path = save(tmp_path)
+    rewrite_index(path, lambda index: index.update({"model/matrix": entry([piece()], [4, 3])}))
+    assert_same(load_checkpoint(path).tensors, tensors())
 
 
 @pytest.mark.parametrize(
@@ -157,7 +164,14 @@ def piece(**changes):
         entry([piece(file="/etc/passwd")], [4, 3]),
         entry([piece(file="manifest.json")], [4, 3]),
         entry([piece(key="nothing")], [4, 3]),
+        entry([piece(key=None)], [4, 3]),
+        entry([piece(key=7)], [4, 3]),
         entry([piece(offsets=[-1, 0])], [4, 3]),
+        entry([piece(offsets=[0.0, 0])], [4, 3]),
+        entry([piece(offsets=[False, 0])], [4, 3]),
+        entry([piece(shape=[4.0, 3])], [4.0, 3]),
+        entry([piece(shape=[10**30, 3])], [10**30, 3]),
+        entry([piece(offsets=[0, 0, 0], shape=[4, 3, 1])], [4, 3, 1]),
         entry([piece(offsets=[1, 0])], [4, 3]),
         entry([piece(offsets=[0])], [4, 3]),
         entry([piece(shape=[3, 4])], [3, 4]),
@@ -172,7 +186,7 @@ def piece(**changes):
 def test_an_index_that_cannot_be_is_refused(tmp_path, bad):
     path = save(tmp_path)
     rewrite_index(path, lambda index: index.update({"model/matrix": bad}))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="model/matrix|malformed|nothing"):
         load_checkpoint(path)
 
 
@@ -198,6 +212,17 @@ def test_a_manifest_that_names_another_directory_is_refused(tmp_path):
 def test_a_missing_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         load_checkpoint(tmp_path / "step_00000003")
+
+
+@pytest.mark.parametrize("name", ["index.json", "state.json", "provenance.json"])
+@pytest.mark.parametrize("content", ["[]", "[" * 100_000], ids=["list", "deep"])
+def test_a_file_of_another_form_is_refused_though_the_manifest_agrees(tmp_path, name, content):
+    path = save(tmp_path)
+    (path / name).write_text(content)
+    (path / "manifest.json").unlink()
+    files.write_manifest(path, 100)
+    with pytest.raises(CheckpointError, match=name):
+        verify(path)
 
 
 def test_an_unfinished_save_is_never_loaded(tmp_path):

@@ -72,7 +72,7 @@ def test_fallback_tells_what_it_passes_over(three, capsys):
     assert found.checkpoint == three / "step_00000002" and found.step == 2
     assert [name for name, _ in found.skipped] == ["step_00000006", "step_00000004"]
     first, second, third = capsys.readouterr().out.splitlines()
-    assert first.startswith("sft: step_00000006 is passed over: ") and "SHA-256" in first
+    assert first.startswith("sft: step_00000006 is passed over: ") and "checksum" in first
     assert second.startswith("sft: step_00000004 is passed over: ") and "state.json" in second
     assert third == "sft: goes on from step_00000002, step 2 (resume=fallback)"
 
@@ -117,7 +117,7 @@ def test_a_stage_that_has_ended_need_not_be_whole_any_more(tmp_path, capsys):
     with pytest.raises(CheckpointError, match="stages.a: "):
         resume_points(directories, "auto")
     points = resume_points(directories, "fallback")
-    assert points["a"].checkpoint == ended and points["a"].step == 3 and "SHA-256" in points["a"].damage
+    assert points["a"].checkpoint == ended and points["a"].step == 3 and "checksum" in points["a"].damage
     assert points["b"].step == 2 and points["b"].damage is None
     assert "a: damaged, but the stage after it has begun" in capsys.readouterr().out
     save(tmp_path / "b", 2, origin="another")
@@ -136,7 +136,7 @@ def test_processes_choose_together(ranks, three, tmp_path):
     first, second = ranks.run(2, choose, str(three), "fallback")
     assert first == second and first[:2] == (str(three / "step_00000004"), 4)
     refusals = ranks.run(2, choose, str(three), "auto")
-    assert all("SHA-256" in refusal for refusal in refusals)
+    assert all("checksum" in refusal for refusal in refusals)
 
 
 def test_a_process_that_does_not_see_what_the_main_one_sees(ranks, three):

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 from watched_jobs import endless, training
@@ -173,3 +174,26 @@ def test_a_slow_decoder_is_told_of_once_before_it_is_given_up(monkeypatch):
     watching._tell_of_waiting(Beat(step=5, phase="forward", quiet_s=55.0, allowed_s=240.0))
     assert len(told) == 2
     assert "waited 51 s in phase data of step 3 for the frames of clip-7" in told[0] and "test_watchdog.py" in told[0]
+
+
+def test_a_healthy_job_whose_steps_are_slow_gets_through_its_second_one(monkeypatch):
+    """On a GPU the first thread waits at the end of the step, for longer than `stall_s` where steps are long."""
+    from moss_train.parallel import phases
+    from moss_train.train import watchdog
+
+    clock = 1000.0
+    monkeypatch.setattr(phases, "time", SimpleNamespace(monotonic=lambda: clock))
+    monkeypatch.setattr(phases, "_activity", phases.Activity())
+    watching = watchdog.Watchdog(WatchdogConfig())
+
+    def allowed(phase: str) -> float:
+        return watching._allowed_s(phases.activity(), phase, phases.Waiting())
+
+    phases.begin_stage()
+    seen = []
+    for step, seconds in ((1, 300.0), (2, 90.0), (3, 90.0)):
+        phases.begin_step(step)
+        with phases.phase("reduce"):
+            seen.append(allowed("reduce"))
+            clock += seconds
+    assert seen == [1800.0, 300.0, 270.0]
