@@ -24,6 +24,7 @@ from moss_train.parallel.agreement import gather_lists
 from moss_train.parallel.groups import rank_and_ranks
 
 _POLL_S = 0.05  #: how often a thread looks whether the others are done
+_GIVEN_UP_S = 5.0  #: that a thread may take to end when its save is given up
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class _Running:
     pause_s: float
     began: float
     thread: threading.Thread
-    stop: threading.Event  #: set when another process has failed
+    stop: threading.Event  #: set when the save is given up
     error: str | None = None
     path: Path | None = None  #: set on the main process when it is complete
     part_written: bool = False  #: this process's files are on disk
@@ -55,11 +56,12 @@ class _Running:
 
 
 class _GivenUp(Exception):
-    """Another process could not write its part, so that ours is of no use."""
+    """Another process could not write its part, or the stage ends with an exception: ours is of no use."""
 
 
 class Saver:
-    """The saves of one stage. Every process has one and calls its methods at the same steps.
+    """The saves of one stage. Every process has one and calls its methods at the same steps. Entered, it does not
+    outlive an exception.
 
     directory: of the checkpoints. retain: called with it on the main process after each save, to remove older ones.
     asynchronous: False writes before `begin` returns, from the engine's memory, which needs no room for a copy.
@@ -77,6 +79,16 @@ class Saver:
         self._rank, self._ranks = rank_and_ranks()
         self._snapshot = Snapshot()
         self._running: _Running | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """With an exception, which may be this process's alone, a running save is given up: nothing of it is written by
+        a thread that the stage, or the interpreter, does not know of any more."""
+        if kind is not None and self._running is not None:
+            self._running.stop.set()
+            self._running.thread.join(_GIVEN_UP_S)
 
     @property
     def busy(self) -> bool:

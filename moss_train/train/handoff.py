@@ -193,9 +193,7 @@ def _check_progress(
     newest = plan.point.checkpoint
     if newest is None:
         return
-    # A worker that torchrun has started again meets the checkpoints of its own run.
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if run.resume == "never" and not restarted:
+    if run.resume == "never" and not _restarted():
         raise ConfigError(f"resume=never, but {newest} exists: choose another output_dir, or resume=auto")
     if plan.point.damage is not None:
         return  # nothing of it is read
@@ -204,6 +202,13 @@ def _check_progress(
     _check_lineage(plan, before, checkpoint)
     found = {name: shape for name, shape in checkpoint_shapes(newest).items() if name in shapes}
     require_fit(found, shapes, str(newest))
+
+
+def _restarted() -> bool:
+    """Whether torchrun has started the workers again, which then meet the checkpoints of their own run. Each node's
+    agent counts what failed on its own node, so it is asked of all. Collective."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return any(gather_lists([True] if restarted else []))
 
 
 def _steps(name: str, stage: StageConfig, blend: Blend) -> int:

@@ -187,9 +187,12 @@ def run_stage(
         for passed_over, reason in plan.point.skipped:
             tracker.event("fallback", stage.progress.step, passed_over=passed_over, reason=reason)
         evaluate = partial(evaluator.figures, engine, model, plan.config.compiler) if evaluator is not None else None
-        with phases.steps(), _samples_file(run, plan, stage.progress.step) as samples:
-            signal = train(plan.config, engine, loader, tracker, stage.progress, stage, evaluate, stop, guards, samples)
-        stage.finish()
+        with saver:
+            with phases.steps(), _samples_file(run, plan, stage.progress.step) as samples:
+                signal = train(
+                    plan.config, engine, loader, tracker, stage.progress, stage, evaluate, stop, guards, samples
+                )
+            stage.finish()
         counters = loader.counters()
         tracker.event("data", stage.progress.step, **counters)
         if state.is_main and counters["masked"]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -106,3 +107,18 @@ def test_without_a_thread_nothing_is_copied(tmp_path):
     saver.finish()
     assert load_checkpoint(latest(tmp_path)).tensors["model/w"].tolist() == [1.0] * 5
     assert saver.pause_s == 0.0
+
+
+def test_an_exception_gives_a_running_save_up(tmp_path, monkeypatch):
+    def endless(partial, rank, pieces, file_bytes, progress):
+        while True:
+            progress()
+            time.sleep(0.01)
+
+    monkeypatch.setattr("moss_train.checkpoint.saver.write_part", endless)
+    saver = Saver(tmp_path)
+    with pytest.raises(KeyError), saver:
+        saver.begin(1, [Piece("model/w", (5,), (0,), torch.ones(5))], {}, {})
+        raise KeyError
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("save-")]
+    assert latest(tmp_path) is None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from resume_jobs import choose, choose_where_one_sees_less
+from resume_jobs import choose, choose_where_one_sees_less, restarted_on_one_node
 from small_runs import small_overrides
 
 from moss_train.bench.equivalence.ranks import Ranks
@@ -129,6 +129,10 @@ def test_a_stage_that_has_ended_need_not_be_whole_any_more(tmp_path, capsys):
 def ranks():
     with Ranks(2) as ranks:
         yield ranks
+
+
+def test_processes_know_together_that_torchrun_started_them_again(ranks):
+    assert ranks.run(2, restarted_on_one_node) == [True, True]
 
 
 def test_processes_choose_together(ranks, three, tmp_path):
