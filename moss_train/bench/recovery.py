@@ -131,7 +131,7 @@ def _cells(killed: Killed) -> list[str]:
         f"{killed.kill.whom} ({killed.kill.instant})",
         f"{killed.after_s:.2f} s",
         str(killed.reached or "none yet"),
-        f"of step {int(killed.saving.rpartition('_')[2])}" if killed.saving else "–",
+        f"of step {int(killed.saving.split('_')[1].partition('-')[0])}" if killed.saving else "–",
         f"{killed.end_s:.1f} s" if killed.end_s is not None else "–",
         str(killed.newest or "the beginning"),
     ]

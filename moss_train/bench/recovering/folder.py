@@ -8,7 +8,7 @@ from typing import Any
 from moss_train.checkpoint.store import latest, step_directories
 from moss_train.report.metrics_file import FILE_NAME
 
-_PARTIAL = ".tmp-step_"
+_PARTIAL = ".tmp-step_"  #: and the step, and what no other save has
 
 
 @dataclass(frozen=True)
