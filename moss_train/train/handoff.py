@@ -27,7 +27,7 @@ from moss_train.train.blend import apply_blend
 from moss_train.train.compose import resolved_dict, run_from_dict
 from moss_train.train.config import RunConfig, StageConfig
 from moss_train.train.resume import ResumePoint, resume_points
-from moss_train.train.weights import Origin, expected_shapes, find_origin
+from moss_train.train.weights import Origin, expected_shapes, find_origin_together
 
 #: Parts of a stage's configuration that a resumed stage must keep; the data order has its own fingerprint.
 _KEPT = ("trainable", "compiler", "objective", "optim")
@@ -126,7 +126,7 @@ def _plan_stage(
         if found.checkpoint is not None and found.damage is None:
             Origin(found.checkpoint, hugging_face=False).check(model, tokenizer)
     elif stage.init != "scratch":
-        origin = find_origin(Path(stage.init))
+        origin = find_origin_together(stage.init)
         origin.check(model, tokenizer)
     apply_blend(name, stage)
     opened = _main_first(

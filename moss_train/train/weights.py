@@ -12,8 +12,10 @@ from moss_train.checkpoint.store import CheckpointReader, checkpoint_digest, lat
 from moss_train.engines.fit import require_fit
 from moss_train.engines.pieces import TensorSource
 from moss_train.engines.weights import NAMESPACE, named_weights
-from moss_train.errors import CheckpointError
+from moss_train.errors import CheckpointError, MossTrainError
 from moss_train.model.video_model import VideoModel
+from moss_train.parallel import groups
+from moss_train.parallel.agreement import gather_lists
 from moss_train.streams.tokenizer import StreamTokenizer
 from moss_train.train.compose import CONFIG_FILE, load_run
 
@@ -95,6 +97,22 @@ def find_origin(path: str | Path) -> Origin:
     raise CheckpointError(
         f"{path}: neither a checkpoint, nor a folder of a stage or run that holds one, nor Hugging Face safetensors"
     )
+
+
+def find_origin_together(path: str | Path) -> Origin:
+    """`find_origin` as the main process sees it, for all: a folder that another run still writes into, or a file system
+    that is slow to show what is there, must not give each process weights of its own. Collective."""
+    told: list[str | bool] = []
+    if groups.state().is_main:
+        try:
+            origin = find_origin(path)
+            told = [str(origin.path), origin.hugging_face]
+        except MossTrainError as error:
+            told = [str(error)]
+    found = gather_lists(told)[0]
+    if len(found) == 1:
+        raise CheckpointError(found[0])
+    return Origin(Path(found[0]), hugging_face=found[1])
 
 
 def find_checkpoint(path: Path) -> Path | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from resume_jobs import choose, choose_where_one_sees_less, restarted_on_one_node
+from resume_jobs import choose, choose_where_one_sees_less, find_where_one_sees_less, restarted_on_one_node
 from small_runs import small_overrides
 
 from moss_train.bench.equivalence.ranks import Ranks
@@ -129,6 +129,15 @@ def test_a_stage_that_has_ended_need_not_be_whole_any_more(tmp_path, capsys):
 def ranks():
     with Ranks(2) as ranks:
         yield ranks
+
+
+def test_processes_find_first_weights_together(ranks, three, tmp_path):
+    """The folder may be one that another run still writes into."""
+    save(tmp_path / "earlier", 2)
+    newest = str(three / "step_00000006")
+    assert ranks.run(2, find_where_one_sees_less, str(three), str(tmp_path / "earlier")) == [newest, newest]
+    first, second = ranks.run(2, find_where_one_sees_less, str(tmp_path / "nowhere"), str(three))
+    assert first == second and "no such checkpoint" in first
 
 
 def test_processes_know_together_that_torchrun_started_them_again(ranks):
