@@ -170,7 +170,7 @@ class Saver:
         """The thread's work: this process's files, then, on the main process, the whole."""
         running = self._running
         assert running is not None
-        partial = running.partial
+        partial, published = running.partial, None
 
         def progress() -> None:
             running.progress += 1
@@ -185,13 +185,15 @@ class Saver:
             running.part_written = True
             if self._rank == 0:
                 parts = self._gathered_parts(partial, progress)
-                path = store.publish(partial, running.step, parts, texts)
+                published = store.publish(partial, running.step, parts, texts)
                 self._retain(self._directory)
-                running.path = path
+                running.path = published
         except _GivenUp:
             pass
         except OSError as error:
             running.error = store.cannot_write(self._directory, running.step, error)
+            if published is not None:
+                running.error = f"{published} is saved, but what need not be kept cannot be removed ({error})"
         except Exception as error:  # told to every process by `settle` or `finish`
             running.error = f"{self._directory}: the save of step {running.step} failed: {error}"
 

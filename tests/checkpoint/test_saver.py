@@ -14,6 +14,7 @@ from moss_train.checkpoint import files, store
 from moss_train.checkpoint.saver import Saver
 from moss_train.checkpoint.store import latest, load_checkpoint
 from moss_train.engines.pieces import Piece
+from moss_train.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +123,14 @@ def test_an_exception_gives_a_running_save_up(tmp_path, monkeypatch):
         raise KeyError
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("save-")]
     assert latest(tmp_path) is None
+
+
+def test_older_checkpoints_that_cannot_be_removed_are_told_of_as_such(tmp_path):
+    def denied(directory):
+        raise PermissionError(13, "Permission denied")
+
+    saver = Saver(tmp_path, retain=denied)
+    saver.begin(1, [Piece("model/w", (5,), (0,), torch.ones(5))], {}, {})
+    with pytest.raises(CheckpointError, match="step_00000001 is saved, but .* cannot be removed .*Permission denied"):
+        saver.finish()
+    assert load_checkpoint(latest(tmp_path)).step == 1
