@@ -73,6 +73,7 @@ class Watchdog:
         self._answered = time.monotonic()  #: when the store last answered
 
     def __enter__(self) -> "Watchdog":
+        phases.beat()  # a forked process may have been imported long ago
         if self._config.stall_s is not None:
             self._start(WATCHING, self._watch_alone)
         return self

@@ -197,3 +197,13 @@ def test_a_healthy_job_whose_steps_are_slow_gets_through_its_second_one(monkeypa
             seen.append(allowed("reduce"))
             clock += seconds
     assert seen == [1800.0, 300.0, 270.0]
+
+
+def test_what_was_before_it_watched_does_not_count(monkeypatch):
+    """Forked processes have a parent that imported everything long ago."""
+    from moss_train.parallel import phases
+    from moss_train.train import watchdog
+
+    monkeypatch.setattr(phases, "_activity", phases.Activity(since=time.monotonic() - 3600.0))
+    with watchdog.Watchdog(WatchdogConfig()) as watching:
+        assert watching._own_beat().quiet_s < 60.0
