@@ -141,7 +141,7 @@ def _help(group: str) -> str:
     names = [name for name in COMMANDS if not group or name.split()[0] == group]
     if not names:
         raise ConfigError(f"unknown verb {group!r}; see moss-train --help")
-    lines = "\n".join(f"  {name:<16}{COMMANDS[name][1]}" for name in names)
+    lines = "\n".join(f"  {name:<18}{COMMANDS[name][1]}" for name in names)
     return (
         "usage: moss-train <verb> [key=value …]      moss-train <verb> --help lists a verb's keys\n\n"
         f"{lines}\n\nEvery key that a verb takes can be read in its help; recipes are described in docs/recipes.md."

@@ -33,7 +33,7 @@ class SaveFigures:
 
     step: int
     path: Path
-    bytes: int  #: that this process wrote
+    bytes: int  #: of the tensors: of all processes on the main one, of its own on another
     pause_s: float  #: training stood still for it
     seconds: float  #: from the copy to the end
 
@@ -186,6 +186,7 @@ class Saver:
             if self._rank == 0:
                 parts = self._gathered_parts(partial, progress)
                 published = store.publish(partial, running.step, parts, texts)
+                running.bytes = sum(file["bytes"] for part in parts for file in part["files"].values())
                 self._retain(self._directory)
                 running.path = published
         except _GivenUp:

@@ -3,10 +3,12 @@
 Every rank composes the configuration itself; nothing is written and no working directory is changed.
 """
 
+import logging
 import re
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -107,15 +109,50 @@ def _wild(key: str) -> bool:
 
 def _compose(overrides: list[tuple[str, str | None]], folders: list[str]) -> DictConfig:
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
-    lines = [_line(key, text) for key, text in overrides]
+    late = [(part, key, text) for key, text in overrides if text is not None and (part := _optional_part(key))]
+    lines = [_line(key, text) for key, text in overrides if text is None or _optional_part(key) is None]
     if folders:
         lines.append(f"hydra.searchpath=[{','.join('file://' + folder for folder in folders)}]")
+    # A plugin for object stores, where it is installed, logs a traceback for every folder that is no store.
+    logging.getLogger("multistorageclient.contrib.hydra").setLevel(logging.CRITICAL)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(shipped_directory("recipes")), version_base="1.3"):
-            return compose("config", overrides=lines)
+            config = compose("config", overrides=lines)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from error
+    for part, key, text in late:
+        _set_part(config, part, key, text)
+    return config
+
+
+def _optional_part(key: str) -> str | None:
+    """The part of the configuration at or above `key` that may be null, as `model.text.rope_scaling`; or None. Hydra
+    cannot set a field of one that is."""
+    names = key.split(".")
+    paths = [] if key in GROUPS else [".".join(names[:count]) for count in range(1, len(names) + 1)]
+    return next((path for path in paths if _dataclass_or_null(type_at(RunConfig, path)) is not None), None)
+
+
+def _dataclass_or_null(kind: Any) -> type | None:
+    kinds = get_args(kind)
+    return next((one for one in kinds if is_dataclass(one)), None) if type(None) in kinds else None
+
+
+def _set_part(config: DictConfig, part: str, key: str, text: str) -> None:
+    """Apply an override of `part`, or of a field of it."""
+    try:
+        given = yaml.safe_load(text)
+        for name in reversed(key.removeprefix(part).split(".")[1:]):
+            given = {name: given}
+        before = OmegaConf.select(config, part)
+        if given is not None and not isinstance(given, dict):
+            raise ConfigError(f"{key}={text}: must be null or a table such as {{name: value, …}}")
+        start = before if before is not None else OmegaConf.structured(_dataclass_or_null(type_at(RunConfig, part)))
+        parent, _, name = part.rpartition(".")
+        OmegaConf.select(config, parent)[name] = None if given is None else OmegaConf.merge(start, given)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{key}={text}: {first_line(error)}") from error
 
 
 def _line(key: str, text: str | None) -> str:

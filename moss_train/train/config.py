@@ -105,7 +105,7 @@ class StageConfig:
     eval_every: int = 0
     """Steps between free-running evaluations on `evaluate.source`; 0 evaluates only after the run."""
     log_every: int = 1
-    """Steps between logged lines."""
+    """Steps between logged lines; an evaluated step has one too."""
     guards: GuardConfig = field(default_factory=GuardConfig)
     """Budgets of skipped steps, and what a loss spike does."""
 

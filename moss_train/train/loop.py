@@ -114,7 +114,8 @@ def train(
             progress.evaluated = progress.step
             for name, value in progress.figures.items():
                 tracker.record_metric(name, value, reduce="last")
-        if _every(stage.log_every, progress.step) or progress.step == 1 or progress.finished:
+        evaluated = evaluate is not None and progress.evaluated == progress.step
+        if _every(stage.log_every, progress.step) or progress.step == 1 or evaluated or progress.finished:
             tracker.commit(progress.step)
 
         checkpoints.settle()

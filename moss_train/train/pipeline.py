@@ -52,6 +52,8 @@ def _run_stages(run: RunConfig, stop: StopRequest, watchdog: Watchdog) -> int:
     if state.is_main:
         print(describe(run, plans), flush=True)
     signal = stop.agreed(state.device)
+    if signal and state.is_main:
+        print(f"stopped by {Signals(signal).name} before its first step; the same command goes on", flush=True)
     if signal or run.dry_run:
         return signal
     output = Path(run.output_dir)

@@ -42,6 +42,7 @@ def save_twice(rank: int, ranks: int, folder: str) -> dict:
     readers = [open_together(Path(folder) / f"step_0000000{step}") for step in (1, 2)]
     return {
         "steps": [first.step, second.step],
+        "bytes": [first.bytes, second.bytes],
         "shared": [reader.read("model/shared", (0, 0), (2 * ranks, 3))[:, 0].tolist() for reader in readers],
         "own": readers[1].tensors(f"random/{rank}/")[f"random/{rank}/own"].tolist(),
         "states": [reader.state for reader in readers],

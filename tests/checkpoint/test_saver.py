@@ -29,6 +29,8 @@ def test_a_save_is_the_state_it_began_with(ranks, tmp_path):
         assert one["steps"] == [1, 2] and one["states"] == [{"step": 1}, {"step": 2}]
         assert one["shared"] == [[10, 10, 11, 11, 12, 12], [20, 20, 21, 21, 22, 22]]
         assert one["own"] == [rank] * 4
+    tensors = (tmp_path / "step_00000001").glob("*.safetensors")
+    assert told[0]["bytes"] == [sum(file.stat().st_size for file in tensors)] * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001", "step_00000002"]
     assert latest(tmp_path).name == "step_00000002"
 

@@ -75,6 +75,18 @@ def test_dict_fields_gain_entries_and_keep_their_own():
     assert stage.objective.weights["revision"] == 3.0 and stage.objective.weights["text"] == 1.0
 
 
+def test_a_part_that_is_null_can_be_set_whole_and_by_field():
+    given = {"factor": 4, "low_frequency_factor": 1, "high_frequency_factor": 2, "original_max_positions": 64}
+    fields = [f"model.text.rope_scaling.{name}={value}" for name, value in given.items()]
+    whole = "model.text.rope_scaling={" + ", ".join(f"{name}: {value}" for name, value in given.items()) + "}"
+    for overrides in (fields, [whole]):
+        scaling = compose_run(["recipe=realtime", "model=tiny", *overrides]).model.text.rope_scaling
+        assert vars(scaling) == given
+    published = compose_run(["recipe=realtime", "model.text.rope_scaling.factor=4"]).model.text.rope_scaling
+    assert (published.factor, published.original_max_positions) == (4, 8192)
+    assert compose_run(["recipe=realtime", "model.text.rope_scaling=null"]).model.text.rope_scaling is None
+
+
 def test_own_recipe_files(tmp_path):
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "mine.yaml").write_text(
@@ -107,6 +119,8 @@ def test_own_recipe_files(tmp_path):
         (["recipe=realtime", "layout.cp=2"], "layout.cp"),
         (["recipe=realtime", "model.vision.patch_size=13"], "model.vision.image_size"),
         (["recipe=realtime", "recipes=nowhere"], "no such folder"),
+        (["recipe=realtime", "model.text.rope_scaling=4"], "model.text.rope_scaling=4"),
+        (["recipe=realtime", "model.text.rope_scaling.factor=x"], "model.text.rope_scaling.factor=x"),
         (["recipe"], "key=value"),
     ],
 )
