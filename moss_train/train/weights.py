@@ -8,7 +8,14 @@ from pathlib import Path
 from moss_train.checkpoint.hugging_face.sizes import CONFIG, read_sizes, size_differences
 from moss_train.checkpoint.hugging_face.source import HuggingFaceSource, SafetensorsFiles, weight_files
 from moss_train.checkpoint.retention import BEST, best_checkpoint
-from moss_train.checkpoint.store import CheckpointReader, checkpoint_digest, latest, open_together, step_directories
+from moss_train.checkpoint.store import (
+    POINTER,
+    CheckpointReader,
+    checkpoint_digest,
+    latest,
+    open_together,
+    step_directories,
+)
 from moss_train.engines.fit import require_fit
 from moss_train.engines.pieces import TensorSource
 from moss_train.engines.weights import NAMESPACE, named_weights
@@ -116,12 +123,14 @@ def find_origin_together(path: str | Path) -> Origin:
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """`path` if it is a checkpoint, what it names if it is a file `best`, else the newest of a stage's folder or of a
-    run's last trained stage; or None."""
+    """`path` if it is a checkpoint, what it names if it is a file `best` or `latest`, else the newest of a stage's
+    folder or of a run's last trained stage; or None."""
     if (path / "manifest.json").is_file():
         return path
     if path.name == BEST and path.is_file():
         return best_checkpoint(path.parent)
+    if path.name == POINTER and path.is_file():
+        return latest(path.parent)
     if step_directories(path):
         return latest(path)
     if (path / "checkpoints").is_dir():

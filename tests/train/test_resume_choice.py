@@ -239,6 +239,7 @@ def test_the_best_is_kept_over_a_resume(small, tmp_path, monkeypatch):
     assert sorted(step_directories(checkpoints)) == [2, 4, 6]
     assert (checkpoints / "best").read_text() == "step_00000004\n"
     assert find_checkpoint(checkpoints / "best") == checkpoints / "step_00000004"
+    assert find_checkpoint(checkpoints / "latest") == latest(checkpoints)
     state = load_checkpoint(checkpoints / "step_00000004", only=()).state
     assert state["metrics"] == {"step": 4, "figures": {"eval/speak_f1": 0.8}}
     (checkpoints / "latest").write_text("step_00000004\n")
