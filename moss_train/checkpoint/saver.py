@@ -9,7 +9,7 @@ Whether a save has succeeded everywhere is agreed on by the main threads, in `se
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from typing import Any
 from moss_train.checkpoint import files, store
 from moss_train.checkpoint.snapshot import Snapshot
 from moss_train.checkpoint.tensor_files import FILE_BYTES, write_part
-from moss_train.engines.pieces import Piece
+from moss_train.engines.fit import require_fit
+from moss_train.engines.pieces import Piece, Shape
 from moss_train.errors import CheckpointError
 from moss_train.parallel import phases
 from moss_train.parallel.agreement import gather_lists
@@ -101,12 +102,18 @@ class Saver:
         return self._running.pause_s if self._running is not None else 0.0
 
     def begin(
-        self, step: int, pieces: Sequence[Piece], state: dict[str, Any], provenance: dict[str, Any]
+        self,
+        step: int,
+        pieces: Sequence[Piece],
+        state: dict[str, Any],
+        provenance: dict[str, Any],
+        expected: Mapping[str, Shape] | None = None,
     ) -> SaveFigures | None:
         """Save `step`; returns when `pieces` may change again. Collective.
 
         pieces: what this process saves; those of all processes cover every tensor once. state, provenance: JSON, of
-        the main process. Gives the figures of the save before when that had to be waited for. CheckpointError, on
+        the main process. expected: name → shape of what the namespaces that occur in it must hold, no more and no less;
+        None compares nothing. Gives the figures of the save before when that had to be waited for. CheckpointError, on
         every process, when this save cannot begin or the one before has failed; earlier checkpoints stay intact.
         """
         began = time.perf_counter()
@@ -116,7 +123,9 @@ class Saver:
             copies = self._snapshot.take(pieces) if self._asynchronous else list(pieces)
             size = sum(piece.tensor.nbytes for piece in copies)
             stop = threading.Event()
-            thread = threading.Thread(target=self._write, args=(copies, texts), name=f"save-{step}", daemon=True)
+            thread = threading.Thread(
+                target=self._write, args=(copies, texts, expected or {}), name=f"save-{step}", daemon=True
+            )
             self._running = _Running(step, partial, size, time.perf_counter() - began, began, thread, stop)
             thread.start()
             if not self._asynchronous:
@@ -166,7 +175,7 @@ class Saver:
             raise CheckpointError(fault)
         return self._directory / partial, texts
 
-    def _write(self, copies: Sequence[Piece], texts: dict[str, bytes]) -> None:
+    def _write(self, copies: Sequence[Piece], texts: dict[str, bytes], expected: Mapping[str, Shape]) -> None:
         """The thread's work: this process's files, then, on the main process, the whole."""
         running = self._running
         assert running is not None
@@ -185,6 +194,7 @@ class Saver:
             running.part_written = True
             if self._rank == 0:
                 parts = self._gathered_parts(partial, progress)
+                _require_all(parts, expected)
                 published = store.publish(partial, running.step, parts, texts)
                 running.bytes = sum(file["bytes"] for part in parts for file in part["files"].values())
                 self._retain(self._directory)
@@ -246,6 +256,19 @@ class Saver:
         self._running = None
         path = self._directory / store.step_name(running.step)
         return SaveFigures(running.step, path, running.bytes, running.pause_s, time.perf_counter() - running.began)
+
+
+def _require_all(parts: Sequence[dict[str, Any]], expected: Mapping[str, Shape]) -> None:
+    """Raise CheckpointError unless what was written is what was to be: a tensor that nobody took for its own must not
+    be missed for the first time when it is needed."""
+    namespaces = {name.split("/")[0] for name in expected}
+    found = {
+        name: tuple(entry["shape"])
+        for part in parts
+        for name, entry in part["tensors"].items()
+        if name.split("/")[0] in namespaces
+    }
+    require_fit(found, expected, "what the processes saved")
 
 
 def _part_file(rank: int) -> str:

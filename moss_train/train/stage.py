@@ -78,6 +78,7 @@ class _Stage:
                 "metrics": self.progress.metrics(),
             },
             self.provenance,
+            self.engine.expected_shapes(),
         )
         self._note(before)
         self.tracker.record_metric("save/pause_s", self.saver.pause_s, reduce="max")

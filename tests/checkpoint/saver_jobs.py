@@ -111,6 +111,19 @@ def save_where_nothing_can_be_made(rank: int, ranks: int, folder: str) -> str:
     return "nothing"
 
 
+def save_without_a_tensor(rank: int, ranks: int, folder: str) -> str:
+    """The message of a save in which a whole tensor was forgotten."""
+    groups.initialize(LayoutConfig())
+    saver = Saver(Path(folder))
+    expected = {"model/shared": (2 * ranks, 3), "model/other": (1,)}
+    try:
+        saver.begin(1, pieces_of(rank, ranks, 1.0), {}, {}, expected)
+        saver.finish()
+    except CheckpointError as error:
+        return str(error)
+    return "nothing"
+
+
 def save_with_a_gap(rank: int, ranks: int, folder: str) -> str:
     """The message of a save in which one rank's part was forgotten."""
     groups.initialize(LayoutConfig())

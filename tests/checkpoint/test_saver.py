@@ -77,6 +77,12 @@ def test_a_part_that_is_missing_is_never_published(ranks, tmp_path):
     assert latest(tmp_path) is None
 
 
+def test_a_tensor_that_is_missing_is_noticed_when_it_is_saved(ranks, tmp_path):
+    told = ranks.run(2, saver_jobs.save_without_a_tensor, str(tmp_path))
+    assert told[0] == told[1] and "missing model/other [1]" in told[0]
+    assert latest(tmp_path) is None
+
+
 def test_killed_amid_a_save_the_one_before_stands(tmp_path):
     """The whole process dies, threads and all, at instants spread over the time a save takes."""
     pieces = [Piece("model/w", (1 << 20,), (0,), torch.full((1 << 20,), 1.0))]
