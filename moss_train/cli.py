@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 
 from moss_train import __version__
-from moss_train.errors import ConfigError, MossTrainError
+from moss_train.errors import CheckpointError, ConfigError, MossTrainError
 from moss_train.exit_codes import INTERRUPTED, MISTAKE
 
 #: verb → (module : stem, line that help shows). The module holds `<stem>_command` and `<Stem>Options`.
@@ -43,7 +43,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench parallel": ("moss_train.bench.parallel:parallel", "time, bytes sent and memory of parallel layouts"),
     "doctor": ("moss_train.doctor:doctor", "versions, devices and what is missing"),
 }
-_OFFENDERS_SHOWN = 8  #: of a list that may have an entry for every parameter of a model
+_OFFENDERS_SHOWN = 8  #: of a list that may be long
 #: Verbs whose function takes the raw overrides; their module's HELP is printed for --help.
 RAW_VERBS = ("train",)
 
@@ -59,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except MossTrainError as error:
-        print(f"error: {_message(str(error))}", file=sys.stderr)
+        if not error.told_elsewhere:
+            shown = None if isinstance(error, CheckpointError) else _OFFENDERS_SHOWN
+            print(f"error: {_message(str(error), shown)}", file=sys.stderr)
         return MISTAKE
     except OSError as error:  # a folder that cannot be written, a full disk, a file that is not there
         print(f"error: {_message(_describe(error))}", file=sys.stderr)
@@ -69,12 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _message(text: str) -> str:
-    """One line, and below it the first of a list of offenders (lines indented by two), if the error has one."""
+def _message(text: str, shown: int | None = _OFFENDERS_SHOWN) -> str:
+    """One line, and below it the first of a list of offenders (lines indented by two), if the error has one; None shows
+    all: tensors that do not fit are mended together."""
     head, *offenders = (" ".join(part.split()) for part in text.split("\n  "))
-    hidden = len(offenders) - _OFFENDERS_SHOWN
+    shown = len(offenders) if shown is None else shown
+    hidden = len(offenders) - shown
     more = [f"… and {hidden} more"] if hidden > 0 else []
-    return "\n  ".join([head, *offenders[:_OFFENDERS_SHOWN], *more])
+    return "\n  ".join([head, *offenders[:shown], *more])
 
 
 def _describe(error: OSError) -> str:

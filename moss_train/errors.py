@@ -4,6 +4,8 @@
 class MossTrainError(Exception):
     """Base of every error whose message is meant for the user: what is wrong, where, and the remedy."""
 
+    told_elsewhere = False  #: another process of the job met the same one and prints it
+
 
 class ConfigError(MossTrainError):
     """A field of the configuration has an illegal value, or fields contradict each other."""

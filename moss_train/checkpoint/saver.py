@@ -24,6 +24,7 @@ from moss_train.parallel import phases
 from moss_train.parallel.agreement import gather_lists
 from moss_train.parallel.groups import rank_and_ranks
 
+_TRIAL = ".tmp-trial"  #: a file that is written to see whether one can be; cleared like an unfinished save
 _POLL_S = 0.05  #: how often a thread looks whether the others are done
 _GIVEN_UP_S = 5.0  #: that a thread may take to end when its save is given up
 
@@ -133,6 +134,21 @@ class Saver:
                 self._running.pause_s = time.perf_counter() - began
         return before
 
+    def check(self) -> None:
+        """Raise CheckpointError, on every process, unless the folder can be written: better now than at the first save.
+        Collective."""
+        fault = ""
+        if self._rank == 0:
+            try:
+                self._directory.mkdir(parents=True, exist_ok=True)
+                files.replace(self._directory / _TRIAL, b"")
+                (self._directory / _TRIAL).unlink()
+            except OSError as error:
+                fault = store.cannot_write(self._directory, error)
+        told = gather_lists([fault] if fault else [])[0]
+        if told:
+            raise CheckpointError(told[0])
+
     def settle(self) -> SaveFigures | None:
         """The figures of the save if it has been completed since the last call, without waiting. Collective while a
         save is running. CheckpointError on every process when it has failed on one."""
@@ -169,7 +185,7 @@ class Saver:
             except CheckpointError as error:
                 fault = str(error)
             except OSError as error:
-                fault = store.cannot_write(self._directory, step, error)
+                fault = store.cannot_write(self._directory / store.step_name(step), error)
         partial, fault = gather_lists([partial, fault] if self._rank == 0 else [])[0]
         if fault:
             raise CheckpointError(fault)
@@ -202,7 +218,7 @@ class Saver:
         except _GivenUp:
             pass
         except OSError as error:
-            running.error = store.cannot_write(self._directory, running.step, error)
+            running.error = store.cannot_write(self._directory / store.step_name(running.step), error)
             if published is not None:
                 running.error = f"{published} is saved, but what need not be kept cannot be removed ({error})"
         except Exception as error:  # told to every process by `settle` or `finish`

@@ -15,6 +15,7 @@ killed job has left on another host cannot spoil what its successor writes. A di
 writes to it; `saver` is how its processes do it together, `save_checkpoint` is for one process alone.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -40,6 +41,7 @@ PROVENANCE = "provenance.json"
 CONFIG = "config.yaml"
 POINTER = "latest"
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _STEP = re.compile(r"step_(\d{8,})")
 _PARTIAL, _REPLACED, _TRASH = ".tmp-", ".replaced-", ".trash-"
 
@@ -144,7 +146,7 @@ def save_checkpoint(
             discard_partial(partial)
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(cannot_write(directory, step, error)) from error
+        raise CheckpointError(cannot_write(directory / step_name(step), error)) from error
 
 
 def text_files(state: dict[str, Any], provenance: dict[str, Any]) -> dict[str, bytes]:
@@ -192,12 +194,10 @@ def discard_partial(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def cannot_write(directory: Path, step: int, error: object) -> str:
+def cannot_write(path: Path, error: OSError) -> str:
     """The message of a failed save."""
-    return (
-        f"{directory / step_name(step)}: cannot be written ({error}); earlier checkpoints are intact. "
-        "Free space or mend permissions, then resume"
-    )
+    remedy = "Free space" if error.errno in _NO_ROOM else "Mend that"
+    return f"{path}: cannot be written ({error}); earlier checkpoints are intact. {remedy}, then give the same command"
 
 
 def load_checkpoint(

@@ -1,6 +1,9 @@
 """`moss-train train`. Light to import: help must not wait for torch."""
 
+import os
 from collections.abc import Sequence
+
+from moss_train.errors import ConfigError
 
 HELP = """\
 Train a recipe: moss-train train recipe=<name> [key=value …]
@@ -31,7 +34,12 @@ def train_command(arguments: Sequence[str]) -> int:
     with StopRequest() as stop:  # before the imports below, which take seconds
         from moss_train.train.compose import compose_run
 
-        run = compose_run(arguments)
+        try:
+            run = compose_run(arguments)
+        except ConfigError as error:
+            # Every process reads the same words: one of a node says what is wrong with them.
+            error.told_elsewhere = os.environ.get("LOCAL_RANK", "0") != "0"
+            raise
 
         from moss_train.parallel import groups
         from moss_train.train.pipeline import run_pipeline

@@ -145,7 +145,8 @@ class Guards:
         elif in_a_row:
             remedy = (
                 "In a row it is rather the weights that are at fault than the samples: go on from an older checkpoint "
-                f"(write its name into `latest`), or lower {stage}.optim.lr in a new output_dir"
+                f"(write its name into `latest`; {stage}.keep_every keeps some from further back), or lower "
+                f"{stage}.optim.lr in a new output_dir"
             )
         else:
             remedy = f"Look at the samples below, or lower {stage}.optim.lr in a new output_dir"

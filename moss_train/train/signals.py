@@ -71,7 +71,7 @@ class StopRequest:
             name = signal.Signals(number).name
             again = " (once more: at once, unsaved)" if number == signal.SIGINT else ""
             # Not print: the signal may have come in the middle of one.
-            os.write(2, f"{name}: stopping, saved, after the step in progress{again}\n".encode())
+            os.write(2, f"{name}: will save and stop after the step in progress{again}\n".encode())
 
     def agreed(self, device: "torch.device") -> int:
         """The number of the signal that any rank received, 0 for none. Every rank must call it at the same step.

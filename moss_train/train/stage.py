@@ -182,6 +182,7 @@ def run_stage(
         )
         guards = Guards(plan.config.guards, plan.name, lambda: stage.newest())
         stage = _Stage(plan, engine, loader, Progress(total=plan.steps), guards, saver, tracker, began_from, provenance)
+        saver.check()
         if newest is not None:
             stage.restore(open_together(newest), run.seed)
         tracker.start_stage(plan.name, plan.steps, stage.progress.step)

@@ -8,6 +8,7 @@ prints the stacks when not even Python's threads run.
 
 import contextlib
 import faulthandler
+import hashlib
 import os
 import re
 import sys
@@ -19,6 +20,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from moss_train.errors import MossTrainError
 from moss_train.exit_codes import PEER_LOST, STALLED
 from moss_train.parallel import phases
 from moss_train.parallel.groups import ParallelState
@@ -111,6 +113,9 @@ class Watchdog:
         if broken:
             self._judged.wait(_UNREACHABLE_S + ANSWER_S)
         self._end_threads()
+        if isinstance(error, MossTrainError):
+            digest = hashlib.sha256(str(error).encode()).hexdigest()[:16]
+            error.told_elsewhere = not _is_first(board, f"error/{digest}")
         verdict = self._verdict
         if verdict is None:
             with contextlib.suppress(dist.DistError):
@@ -351,7 +356,10 @@ class Watchdog:
             keeper = "torchrun has" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0 has"
             return f"{keeper} ended, with the store by which the processes know of each other; {board.own} ends too"
         place = board.places[verdict.rank]
-        return f"{place}, process {place.pid} on {place.host}, is gone: {verdict.why}. The others end with {PEER_LOST}"
+        return (
+            f"{place}, process {place.pid} on {place.host}, is gone: {verdict.why}. "
+            f"The others end with {PEER_LOST}; the same command goes on from the newest checkpoint"
+        )
 
 
 def is_broken_connection(error: BaseException) -> bool:
