@@ -28,6 +28,9 @@ _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO
 _STACK_LINES = 12  #: of a hanging rank's innermost calls
 _DUMP_S = 1.0  #: a hanging rank's time to write its stack
 _PATIENCE_S = 60.0  #: beyond the deadline
+#: A process is replaced after so many jobs: of each one's process groups a few threads stay, which wake up now and
+#: then, and hundreds of them slow all down.
+_JOBS_OF_A_PROCESS = 12
 _START_S = 600.0  #: for the first imports, on a machine that is busy with other things
 
 
@@ -42,6 +45,12 @@ class _Rank:
     process: Any
     connection: Connection
     stack: Path
+    jobs: int = 0  #: done or begun
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it can do another job."""
+        return self.process.is_alive() and self.jobs < _JOBS_OF_A_PROCESS
 
 
 @dataclass
@@ -95,7 +104,7 @@ class Ranks:
         if not 1 <= ranks <= self.size:
             raise ValueError(f"ranks={ranks}: these are {self.size} processes")
         self._running = ranks
-        new = [n for n in range(ranks) if n not in self._ranks or not self._ranks[n].process.is_alive()]
+        new = [n for n in range(ranks) if n not in self._ranks or not self._ranks[n].is_fresh]
         for number in new:
             if number in self._ranks:
                 self._end(number)
@@ -113,6 +122,7 @@ class Ranks:
             # The ranks wait longer for each other, so that it is the deadline that ends a hang.
             order = _Order(function, arguments, number, ranks, store, deadline_s + _PATIENCE_S)
             self._ranks[number].connection.send(order)
+            self._ranks[number].jobs += 1
 
     def finish(self) -> list[Any]:
         """Wait for the job that was started."""
