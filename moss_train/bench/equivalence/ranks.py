@@ -104,10 +104,12 @@ class Ranks:
         if not 1 <= ranks <= self.size:
             raise ValueError(f"ranks={ranks}: these are {self.size} processes")
         self._running = ranks
-        new = [n for n in range(ranks) if n not in self._ranks or not self._ranks[n].is_fresh]
-        for number in new:
-            if number in self._ranks:
+        if not all(rank.is_fresh for rank in self._ranks.values()):
+            # All together: what a process counts (its watchdog's boards) must be alike on all of them.
+            for number in list(self._ranks):
                 self._end(number)
+        new = [number for number in range(ranks) if number not in self._ranks]
+        for number in new:
             self._ranks[number] = self._fork(number)
         for number in new:
             if not self._ranks[number].connection.poll(_START_S):
