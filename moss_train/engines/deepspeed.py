@@ -30,7 +30,7 @@ from moss_train.engines.deepspeed_settings import deepspeed_settings
 from moss_train.engines.deepspeed_shards import Shards
 from moss_train.engines.deepspeed_state import DeepSpeedState
 from moss_train.engines.engine_rules import check_engine, check_optimizer
-from moss_train.engines.even_work import EvenEncoder, with_frames
+from moss_train.engines.even_work import EvenEncoder, even_microbatches, with_frames
 from moss_train.engines.fit import require_fit
 from moss_train.engines.frames import plans_of
 from moss_train.engines.full_tensors import Entry, collect_on_main, require_names
@@ -233,8 +233,7 @@ class DeepSpeedEngine:
             return whole.to(grad.dtype)
 
         for name, parameter in self._trained.items():
-            encodes = name.startswith(("vision_tower.", "projector."))
-            if encodes or getattr(parameter, "partial_over_tensor_group", False):
+            if sees_a_part(name, parameter):
                 parameter.register_hook(summed)
 
     def _run(self, microbatches: Sequence[Batch], training: bool) -> LossFigures:
@@ -245,7 +244,7 @@ class DeepSpeedEngine:
         share = FrameShare(state.share_rank, state.share_ranks)
         batches = [
             self._received(with_frames(batch, share), share).padded(tokens).to(state.device, frames=False)
-            for batch in microbatches
+            for batch in even_microbatches(microbatches, state)
         ]
         normaliser = self._global_normaliser(batches)
         outputs = []
@@ -364,6 +363,12 @@ class _Step(nn.Module):
         features_NPH = gather_over_tensor(encode(), plan, self._state.tensor_group)
         held = None if plan.frames == batch.frames else (plan.first, plan.end)
         return self.model.decode(batch.ids_RT.T, self.model.layer_inputs(batch, held).with_features(features_NPH))
+
+
+def sees_a_part(name: str, parameter: nn.Parameter) -> bool:
+    """Whether each tensor-parallel process applies a parameter, which all hold alike, to a part of the work alone."""
+    encodes = name.startswith(("vision_tower.", "projector."))
+    return encodes or getattr(parameter, "partial_over_tensor_group", False)
 
 
 def _detached(output: LossOutput) -> LossOutput:

@@ -3,7 +3,9 @@
 The only module that imports DeepSpeed, and only when an engine is set up with it.
 """
 
+import contextlib
 import importlib
+import io
 import logging
 import os
 from typing import Any
@@ -57,11 +59,14 @@ def initialize(
     """DeepSpeed's engine around `module`, with `settings` as its JSON. ConfigError when it is not installed."""
     library = _imported()
     _attach(library)
+    _forget_modules()
     # It reads from the environment, then and later, which device is this process's; torchrun alone sets that.
     os.environ.setdefault("LOCAL_RANK", str(state.device.index or 0))
-    engine, *_ = library.initialize(
-        model=module, optimizer=optimizer, config=settings, mpu=GroupAdapter(state), dist_init_required=False
-    )
+    # Its bfloat16 optimizer prints how much memory there is, group by group.
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = library.initialize(
+            model=module, optimizer=optimizer, config=settings, mpu=GroupAdapter(state), dist_init_required=False
+        )
     return engine
 
 
@@ -100,6 +105,17 @@ def _attach(library: Any) -> None:
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     library.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
     groups.before_shutdown(_detach)
+
+
+def _forget_modules() -> None:
+    """ZeRO-3 numbers modules and parameters on through the life of a process, compares the numbers between processes,
+    which may have had other engines before, and keeps hold of the last one's module. Only one engine lives at a time.
+    """
+    from deepspeed.runtime.zero import parameter_offload, partition_parameters
+
+    parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    parameter_offload.FWD_MODULE_STACK.clear()
+    partition_parameters.Init.param_id = 0
 
 
 def _detach() -> None:

@@ -6,7 +6,8 @@ for ever. So a batch without frames gets a blank one that no token sees (which c
 zero from the cross layers), and a process whose share of the frames is empty encodes a blank one and drops the result.
 """
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,35 @@ import torch.distributed as dist
 from moss_train.data.batch import Batch, FrameShare
 from moss_train.model.video_model import VideoModel
 from moss_train.parallel.groups import ParallelState
+from moss_train.streams.compiled import IGNORED_LABEL
+
+
+def even_microbatches(batches: Sequence[Batch], state: ParallelState) -> list[Batch]:
+    """As many microbatches as the process with most of them has: the own ones, then blank ones. Collective."""
+    most = torch.tensor(len(batches), device=state.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return [*batches, *[_blank(batches[0])] * (int(most) - len(batches))]
+
+
+def _blank(like: Batch) -> Batch:
+    """One padding token and no frame: what the loader gives a process that has nothing left."""
+    tokens = {one.name: getattr(like, one.name)[:1, :1].clone() for one in fields(like) if one.name.endswith("_RT")}
+    blank = {name: torch.zeros_like(tensor) for name, tensor in tokens.items()}
+    blank["labels_RT"].fill_(IGNORED_LABEL)
+    blank["segments_RT"].fill_(-1)
+    blank["origins_RT"].fill_(-1)
+    return replace(
+        like,
+        **blank,
+        frames_NCHW=like.frames_NCHW[:0],
+        frame_rows_N=like.frame_rows_N[:0],
+        frame_slots_N=like.frame_slots_N[:0],
+        frame_positions_RF=like.frame_positions_RF[:1, :0],
+        frame_counts_R=torch.zeros_like(like.frame_counts_R[:1]),
+        frame_bounds=(),
+        keys=((),),
+        sources=((),),
+    )
 
 
 def with_frames(batch: Batch, share: FrameShare) -> Batch:
