@@ -81,8 +81,12 @@ def _imported() -> Any:
             f"engine.name=deepspeed: DeepSpeed cannot be imported ({error}); install it "
             "(DS_BUILD_OPS=0 pip install 'moss_train[deepspeed]'), or set engine.name=megatron"
         ) from error
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import logger
 
+    if not torch.cuda.is_available():
+        # It asks for instructions that multiply 16-bit numbers; PyTorch does without them.
+        get_accelerator().is_fp16_supported = get_accelerator().is_bf16_supported = lambda: True
     logger.setLevel(logging.WARNING)  # at its usual level it tells of every buffer it makes
     # Said of every optimizer that is not of its own making.
     logger.addFilter(_is_news)
