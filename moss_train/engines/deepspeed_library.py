@@ -8,6 +8,7 @@ import importlib
 import io
 import logging
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -90,6 +91,9 @@ def _imported() -> Any:
     logger.setLevel(logging.WARNING)  # at its usual level it tells of every buffer it makes
     # Said of every optimizer that is not of its own making.
     logger.addFilter(_is_news)
+    # PyTorch's, of names that it has given new ones; once a call.
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", message=f".*{name}. is deprecated", category=FutureWarning)
     return deepspeed
 
 

@@ -116,8 +116,8 @@ def _check_zero(zero: Any, cuda: bool) -> None:
             raise ConfigError(f"{where}.{part}={offload!r}: must be an object with a device")
         if offload.get("device", "none") not in ("none", "cpu"):
             raise ConfigError(
-                f"{where}.{part}.device={offload['device']!r}: what lies on a disk cannot be saved in a checkpoint yet; "
-                "set cpu or none"
+                f"{where}.{part}.device={offload['device']!r}: checkpoints cannot hold what lies on a disk; set cpu "
+                "or none"
             )
         if offload.get("super_offload"):
             raise ConfigError(f"{where}.{part}.super_offload=true: has an optimizer of its own; remove it")

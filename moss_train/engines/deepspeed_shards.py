@@ -48,7 +48,7 @@ class Shards:
         return HeldState(tensors, place.start, place.end)
 
     def gradient(self, parameter: torch.nn.Parameter) -> HeldState:
-        """The gradient of a trained parameter, under MAIN, as the optimizer inside last saw it; it must have kept it."""
+        """The gradient of a trained parameter, under MAIN, as the optimizer inside, which must keep it, saw it."""
         place = self._place(parameter)
         if place is None or place.tensor not in self._optimizer.kept:
             return HeldState({}, 0, 0)

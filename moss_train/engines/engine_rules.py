@@ -57,8 +57,8 @@ def _check_deepspeed(engine: EngineConfig, layout: LayoutConfig, precision: str)
         )
     if engine.overlap_param_gather:
         raise ConfigError(
-            "engine.overlap_param_gather=true: is of the megatron engine; set false (layout.zero=3 prefetches weights), "
-            "or engine.name=megatron"
+            "engine.overlap_param_gather=true: is of the megatron engine; set false (layout.zero=3 prefetches "
+            "weights), or engine.name=megatron"
         )
     if engine.overlap_grad_reduce and not layout.zero:
         raise ConfigError(

@@ -18,7 +18,7 @@ def can_fall(scaler: Any) -> bool:
 
 
 def saved(scaler: Any) -> dict[str, float | int]:
-    """The state of an adaptive scale as JSON: the scale, steps since it last changed, overflows left before it falls."""
+    """The state of an adaptive scale as JSON: the scale, steps since its last change, overflows before it falls."""
     return {
         "scale": float(scaler.cur_scale),
         "growth_tracker": max(0, scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window,

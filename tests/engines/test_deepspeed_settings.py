@@ -50,8 +50,8 @@ def test_what_is_passed_on_joins_what_is_ours():
 @pytest.mark.parametrize(
     ("passed", "message"),
     [
-        ({"gradient_clipping": 1.0}, r"engine\.deepspeed\.gradient_clipping=1\.0: follows from stages\.<name>\.optim\.clip"),
-        ({"zero_optimization": {"stage": 1}}, r"engine\.deepspeed\.zero_optimization\.stage=1: follows from layout\.zero"),
+        ({"gradient_clipping": 1.0}, r"deepspeed\.gradient_clipping=1\.0: follows from stages\.<name>\.optim\.clip"),
+        ({"zero_optimization": {"stage": 1}}, r"deepspeed\.zero_optimization\.stage=1: follows from layout\.zero"),
         ({"bf16": {"enabled": True}}, r"engine\.deepspeed\.bf16\.enabled=True: follows from precision"),
         ({"fp16": {"hysteresis": 1}}, r"engine\.deepspeed\.fp16: means nothing with precision=bf16"),
         ({"optimizer": {"type": "AdamW"}}, r"engine\.deepspeed\.optimizer: is not set here; set stages\.<name>\.optim"),
@@ -59,7 +59,7 @@ def test_what_is_passed_on_joins_what_is_ours():
         ({"zero_optimisation": {}}, r"engine\.deepspeed\.zero_optimisation: legal names are .*zero_optimization"),
         ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, r"zenflow=.*transposes the weights"),
         ({"zero_optimization": {"zero_quantized_weights": True}}, r"zero_quantized_weights=True: needs CUDA"),
-        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, r"offload_param\.device='nvme'.*set cpu or none"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, r"offload_param\.device='nvme'.*cpu or none"),
         ({"zero_optimization": 3}, r"zero_optimization=3: must be an object"),
     ],
 )  # fmt: skip
@@ -75,12 +75,12 @@ def test_what_cannot_be_passed_on(passed, message):
         (config(), LayoutConfig(), "bf16", r"layout\.zero=0: with precision=bf16 .*set layout\.zero to 1, 2 or 3"),
         (config(), LayoutConfig(), "fp16", r"layout\.zero=0: with precision=fp16"),
         (config(), LayoutConfig(zero=1), "fp8", r"precision=fp8: is of the megatron engine"),
-        (config(overlap_grad_reduce=True, overlap_param_gather=True), LayoutConfig(zero=1), "fp32", "overlap_param_gather"),
+        (config(overlap_param_gather=True), LayoutConfig(zero=1), "fp32", r"overlap_param_gather=true: is of"),
         (config(overlap_grad_reduce=True), LayoutConfig(), "fp32", r"overlap_grad_reduce=true: .*layout\.zero above 0"),
         (config(initial_loss_scale=1000.0), LayoutConfig(zero=1), "fp16", r"powers of 2; set 1024"),
         (config(loss_scale=8.0), LayoutConfig(zero=1), "bf16", r"engine\.loss_scale=8\.0: only fp16"),
         (EngineConfig(), LayoutConfig(zero=2), "fp32", r"layout\.zero=2: the megatron engine knows 0 and 1"),
-        (EngineConfig(deepspeed={"aio": {}}), LayoutConfig(), "fp32", r"engine\.deepspeed: is read by engine\.name=deepspeed"),
+        (EngineConfig(deepspeed={"aio": {}}), LayoutConfig(), "fp32", r"engine\.deepspeed: is read by .* alone"),
     ],
 )  # fmt: skip
 def test_what_an_engine_refuses(engine, layout, precision, message):

@@ -1,5 +1,6 @@
-"""The DeepSpeed engine changes no number either: every ZeRO stage in every kind of layout, against one plain process."""
+"""The DeepSpeed engine changes no number either: every ZeRO stage in every kind of layout, against a plain process."""
 
+import dataclasses
 import re
 from functools import partial
 from unittest import mock
@@ -51,7 +52,8 @@ OTHERS = [
 
 def name_of(case: Case) -> str:
     layout = case.layout
-    degrees = "-".join(f"{axis}{getattr(layout, axis)}" for axis in ("tp", "cp", "dp") if (getattr(layout, axis) or 1) > 1)
+    sizes = {"tp": layout.tp, "cp": layout.cp, "dp": layout.dp or 1}
+    degrees = "-".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1)
     return "-".join(filter(None, [f"zero{layout.zero}", degrees, case.problem.trainable, case.precision]))
 
 
@@ -72,6 +74,37 @@ def test_deepspeed_batches_that_lack_something_end_and_end_right(comparer, zero,
     )  # fmt: skip
     comparison = comparer.compare(case, train_in_small_buckets)
     assert comparison.ok, "\n".join(comparison.failures)
+
+
+OFFLOADED = {"device": "cpu"}
+SIXTEEN = {"communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "bf16"}}
+BF16 = Problem(optimizer="adamw", rounded=True)
+
+
+@pytest.mark.parametrize(
+    ("layout", "problem", "passed"),
+    [
+        (LayoutConfig(dp=2, zero=2), CLIPPED, {"zero_optimization": {"offload_optimizer": OFFLOADED}}),
+        (
+            LayoutConfig(tp=2, dp=2, zero=3),
+            CLIPPED,
+            {"zero_optimization": {"offload_optimizer": OFFLOADED, "offload_param": OFFLOADED}},
+        ),
+        (LayoutConfig(dp=4, zero=3), ADAMW, {"zero_optimization": {"zero_hpz_partition_size": 2}}),
+        *[(LayoutConfig(dp=2, zero=zero), BF16, SIXTEEN) for zero in (1, 2, 3)],
+    ],
+    ids=["offloaded", "offloaded parameters", "hpz", *[f"summed in bfloat16, zero{zero}" for zero in (1, 2, 3)]],
+)
+def test_deepspeed_further_fields_change_no_number(comparer, layout, problem, passed):
+    case = case_of(layout, problem, precision="bf16" if problem.rounded else "fp32")
+    comparison = comparer.compare(case, partial(train_with, passed))
+    assert comparison.ok, "\n".join(comparison.failures)
+
+
+def train_with(passed, rank, ranks, case, path):
+    engine = dataclasses.replace(case.engine(), deepspeed=passed)
+    with mock.patch.object(Case, "engine", lambda self: engine):
+        return train_case(rank, ranks, case, path)
 
 
 def train_in_small_buckets(rank, ranks, case, path):
