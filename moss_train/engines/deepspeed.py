@@ -43,6 +43,7 @@ from moss_train.engines.pieces import Piece, TensorSource
 from moss_train.engines.protocol import EngineState, StepOutput
 from moss_train.engines.trainable import check_trainable
 from moss_train.engines.weights import NAMESPACE
+from moss_train.errors import ConfigError
 from moss_train.model.build import whole_model
 from moss_train.model.groups import parameter_groups
 from moss_train.model.precision import Precision
@@ -89,6 +90,12 @@ class DeepSpeedEngine:
         self.step = 0
         self.skipped_steps = 0
         self._keep_gradients = False
+
+        empty = [name for name, shape in self._shapes.items() if 0 in shape]
+        if layout.zero == 3 and empty:
+            raise ConfigError(
+                f"layout.zero=3: ZeRO 3 cannot share out {', '.join(empty)}, which has no elements; set layout.zero=2"
+            )
 
         self._model = model.to(self._parallel.device)
         for name, parameter in model.named_parameters():
@@ -329,7 +336,7 @@ class DeepSpeedEngine:
 
         def assemble() -> torch.Tensor:
             held = find(parameter)
-            if not split:
+            if not split and held.tensors:
                 return held.tensors[kind].detach().view(shape)
             flat = torch.zeros(shape.numel(), dtype=torch.float32, device=self._parallel.device)
             if held.end > held.start:

@@ -88,6 +88,8 @@ class Shards:
         return self._stage == 3
 
     def _place(self, parameter: torch.nn.Parameter) -> _Place | None:
+        if not self.shape(parameter).numel():  # is in no optimizer group
+            return None
         if self._stage == 0:
             return _Place(parameter, 0, 0, parameter.numel())
         if self._stage == 3:

@@ -35,7 +35,8 @@ class DeepSpeedState:
         for name, parameter in self._model.named_parameters():
             trained = name in self._trained
             held = self._shards.held(parameter) if trained else self._shards.weight(parameter)
-            replicas = self._replicas(parameter, self._shards.sharded if trained else self._shards.weights_sharded)
+            sharded = self._shards.sharded if trained else self._shards.weights_sharded
+            replicas = self._replicas(parameter, sharded and 0 not in self.whole_shape(parameter))
             for kind, tensor_name in self._saved_under(name):
                 pieces = self._pieces(tensor_name, parameter, held, kind, constant=not trained)
                 by_replicas.setdefault(replicas, []).extend(pieces)
@@ -79,8 +80,9 @@ class DeepSpeedState:
         self, tensor_name: str, parameter: torch.nn.Parameter, held: HeldState, kind: str, constant: bool = False
     ) -> list[Piece]:
         whole, begin, pieces = self.whole_shape(parameter), self._begin(parameter), []
-        if held.start == held.end and 0 not in whole:
-            return pieces
+        if 0 in whole:
+            dtype = parameter.dtype if constant else torch.float32
+            return [Piece(tensor_name, whole, begin, torch.empty(whole, dtype=dtype), constant)]
         at = 0
         for inner, extent in self._runs(parameter, held):
             size = torch.Size(extent).numel()
