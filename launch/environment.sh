@@ -93,7 +93,8 @@ install_package() {
         "$python" -m pip install --quiet --quiet "$torch"
     fi
     step "installing moss_train with its video, wandb and dev extras"
-    "$python" -m pip install --quiet --quiet "${pins[@]}" -e '.[video,wandb,dev]'
+    # DeepSpeed comes as source; none of its own kernels is built.
+    DS_BUILD_OPS=0 "$python" -m pip install --quiet --quiet "${pins[@]}" -e '.[video,wandb,dev]'
 }
 
 if [ -n "${MOSS_TRAIN_ENV:-}" ]; then

@@ -20,7 +20,7 @@ _NEEDED_FOR = {
     "wandb": "tracking=offline and tracking=online (extra `wandb`)",
     "transformers": "comparison with Hugging Face's own model (extra `dev`)",
     "pytest": "tests (extra `dev`)",
-    "deepspeed": "a later release's second engine (extra `deepspeed`)",
+    "deepspeed": "engine=deepspeed (extra `deepspeed`)",
     "megatron-energon": "a later release's comparison of loaders (extra `energon`)",
     "transformer-engine": "fused layers on NVIDIA GPUs (extra `gpu`)",
     "flash-attn": "fused attention on NVIDIA GPUs (extra `gpu`)",

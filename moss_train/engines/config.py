@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from moss_train.errors import ConfigError
 from moss_train.model.config import RecomputeConfig
 
-ENGINES = ("megatron",)
+ENGINES = ("megatron", "deepspeed")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("linear", "cosine", "constant")
 WARMUPS = ("linear", "logarithmic")
@@ -17,7 +18,8 @@ class EngineConfig:
     """Which engine trains."""
 
     name: str = "megatron"
-    """megatron: megatron-core's DDP, optimizer and schedules."""
+    """megatron: megatron-core's DDP, optimizer and schedules. deepspeed: ZeRO 0 to 3 (layout.zero) around the same
+    model, without pipeline stages. See docs/engines.md."""
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     """What the backward pass computes again to save memory."""
     overlap_grad_reduce: bool = False
@@ -29,6 +31,9 @@ class EngineConfig:
     initial_loss_scale: float = 65536.0
     """precision=fp16 alone: where the adapted scale starts. A step that overflows is not taken and halves it, but for
     the first one after each doubling; 1,000 steps that do not overflow double it."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """name=deepspeed alone: further fields of DeepSpeed's JSON, such as `zero_optimization.offload_optimizer.device`.
+    What follows from other fields of ours cannot be set here."""
 
     def validate(self) -> None:
         """Raise ConfigError for the first field that cannot be."""

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
 from moss_train.parallel.groups import ParallelState
+from moss_train.parallel.slices import is_split
 
 
 def sum_gradients(
@@ -53,3 +54,20 @@ def _all_reduce(tensors: list[torch.Tensor], group: dist.ProcessGroup) -> None:
     if len(tensors) > 1:
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+
+def global_norm(parameters: Iterable[torch.nn.Parameter], state: ParallelState) -> float:
+    """Norm of the whole gradient, from complete `grad`s: what tensor-parallel processes hold alike counts once."""
+    squares = torch.zeros((), dtype=torch.float64, device=state.device)
+    for parameter in parameters:
+        if parameter.grad is not None and (is_split(parameter) or state.tensor_rank == 0):
+            squares += torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).double() ** 2
+    dist.all_reduce(squares, group=state.tensor_group)
+    return float(squares.sqrt())
+
+
+def clip_to_norm(parameters: Iterable[torch.nn.Parameter], norm: float, limit: float) -> None:
+    """Scale the gradients, whose norm is `norm`, down to a norm of `limit`; 0 leaves them."""
+    factor = limit / (norm + 1e-6)
+    if limit > 0.0 and factor < 1.0:
+        torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], factor)

@@ -30,6 +30,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from moss_train.data.batch import Batch, FrameShare
 from moss_train.engines import optimizer_state
 from moss_train.engines.config import EngineConfig, OptimConfig
+from moss_train.engines.engine_rules import check_engine, check_optimizer
 from moss_train.engines.fit import require_fit
 from moss_train.engines.frames import FrameFeatures, plans_of
 from moss_train.engines.full_tensors import Entry, collect_on_main, require_names
@@ -42,7 +43,6 @@ from moss_train.engines.protocol import EngineState, StepOutput
 from moss_train.engines.stages import DecoderChunk, FrameEncoder
 from moss_train.engines.trainable import check_trainable
 from moss_train.engines.weights import NAMESPACE
-from moss_train.errors import ConfigError
 from moss_train.model.build import whole_model
 from moss_train.model.groups import parameter_groups
 from moss_train.model.layers import LayerInputs
@@ -58,6 +58,8 @@ from moss_train.parallel.phases import beat, phase
 class MegatronEngine:
     """See `protocol.Engine`. Tensor, sequence, pipeline, data and frame parallelism; float32, bfloat16 and float16."""
 
+    keep_gradients = False  #: they are there until the next step in any case
+
     def __init__(self, config: EngineConfig | None = None):
         self._config = config or EngineConfig()
 
@@ -72,7 +74,9 @@ class MegatronEngine:
         """See `protocol.Engine.setup`. `model` is what this process holds (`model.build.build_model`)."""
         optim.validate()
         self._parallel = groups.state()
-        self._check_options(optim)
+        self._precision = Precision.of(model.config.params_dtype, bool(model.config.fp8))
+        check_engine(self._config, self._parallel.layout, self._precision.name)
+        check_optimizer(self._config, self._parallel.layout, optim.name)
         with torch.device("meta"):
             whole = whole_model(model.sizes, self._parallel)
         self._group_of = parameter_groups(whole)
@@ -80,7 +84,6 @@ class MegatronEngine:
         check_trainable(trainable, self._group_of, optim)
         self._trainable = set(trainable)
         self._optim = optim
-        self._precision = Precision.of(model.config.params_dtype, bool(model.config.fp8))
         objective.split_over(self._parallel.tensor_group, vocab_parallel_cross_entropy)
         self._objective = objective
         self._rates = LearningRate(optim, total_steps)
@@ -206,13 +209,6 @@ class MegatronEngine:
         require_fit(shapes, self.expected_shapes(optimizer=False), source.origin)
         self._finish_param_gather()
         self._state.load(source, optimizer=False)
-
-    def _check_options(self, optim: OptimConfig) -> None:
-        zero = self._parallel.layout.zero
-        if optim.name != "adamw" and zero:
-            raise ConfigError(f"optim.name={optim.name}: megatron shards AdamW only; set layout.zero=0")
-        if self._config.overlap_param_gather and not zero:
-            raise ConfigError("engine.overlap_param_gather=true: needs layout.zero=1")
 
     @property
     def _half(self) -> bool:

@@ -42,6 +42,8 @@ class Engine(Protocol):
 
     step: int  #: training steps taken, skipped ones included; the place in the learning-rate schedule
     skipped_steps: int  #: how many of them were skipped
+    #: Set it, on every process, before a step after which `gradients` is wanted: some engines free them in it.
+    keep_gradients: bool
 
     def setup(
         self,

@@ -25,7 +25,8 @@ class LayoutConfig:
     sp: bool = False
     """Sequence parallel: between the matrices, tokens are split over the tensor-parallel processes."""
     zero: int = 0
-    """1 shards optimizer state and main weights over the processes that hold the same parameters, 0 keeps copies."""
+    """What is shared out over the processes that hold the same parameters: 0 nothing, 1 optimizer state and float32
+    weights, 2 gradients too, 3 the weights too (2 and 3: engine.name=deepspeed)."""
     frame_shard: str = "auto"
     """Who encodes frames: `tp` (the tensor-parallel processes of the first stage), `model_parallel` (the processes of
     every stage, before the schedule), or `auto`: model_parallel when pp > 1, else tp."""
@@ -88,8 +89,10 @@ class LayoutConfig:
     def _validate_values(self) -> None:
         if self.dp is not None and self.dp < 1:
             raise ConfigError(f"layout.dp={self.dp}: must be at least 1, or null for what the other degrees leave")
-        if self.zero not in (0, 1):
-            raise ConfigError(f"layout.zero={self.zero}: the megatron engine knows 0 and 1")
+        if self.zero not in range(4):
+            raise ConfigError(
+                f"layout.zero={self.zero}: legal values are 0 and 1, and with engine.name=deepspeed 2 and 3"
+            )
         if self.frame_shard not in FRAME_SHARDING:
             raise ConfigError(f"layout.frame_shard={self.frame_shard!r}: legal values are {', '.join(FRAME_SHARDING)}")
         if self.sp and self.tp == 1:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -61,6 +62,7 @@ class ParallelState:
 
 
 _state: ParallelState | None = None
+_releases: list[Callable[[], None]] = []
 
 
 def initialize(layout: LayoutConfig | None = None, seed: int = 0) -> ParallelState:
@@ -173,11 +175,18 @@ def rank_and_ranks() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def before_shutdown(release: Callable[[], None]) -> None:
+    """Have `release` called once, before the groups go: by whoever hands them to a library that remembers them."""
+    _releases.append(release)
+
+
 def shutdown() -> None:
     """Leave every process group; `initialize` may be called again afterwards."""
     global _state
     if _state is None:
         return
+    while _releases:
+        _releases.pop()()
     _state = None
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():

@@ -9,6 +9,7 @@ from moss_train.checkpoint.config import CheckpointConfig
 from moss_train.cli_options import unknown_name
 from moss_train.data.config import DataConfig
 from moss_train.engines.config import EngineConfig, OptimConfig
+from moss_train.engines.engine_rules import check_engine, check_optimizer
 from moss_train.errors import ConfigError, MossTrainError
 from moss_train.evaluate.config import DecodeConfig, EvaluationConfig
 from moss_train.evaluate.judges import JUDGES
@@ -238,10 +239,7 @@ class RunConfig:
             if stage.keep_best is not None and self.evaluate.source is None:
                 where = f"stages.{name}.keep_best={stage.keep_best}"
                 raise ConfigError(f"{where}: nothing is evaluated; set evaluate.source")
-            if self.layout.zero and stage.optim.name != "adamw":
-                raise ConfigError(
-                    f"stages.{name}.optim.name={stage.optim.name}: megatron shards AdamW only; set layout.zero=0"
-                )
+            check_optimizer(self.engine, self.layout, stage.optim.name, f"stages.{name}.optim.name")
         orders: dict[int, str] = {}
         for name, stage in self.stages.items():
             if stage.order in orders:
@@ -252,16 +250,10 @@ class RunConfig:
         """Raise ConfigError unless the model can be trained in this layout and precision on the processes that torchrun
         started. A vocabulary that is not known yet is left out: check again when it is."""
         check_layout(self.model, self.layout, int(os.environ.get("WORLD_SIZE", 1)))
-        if self.engine.overlap_param_gather and not self.layout.zero:
-            raise ConfigError("engine.overlap_param_gather=true: gathers what layout.zero=1 shards; set that, or false")
+        check_engine(self.engine, self.layout, self.precision)
         from moss_train.model.precision import Precision  # loads megatron-core, for which help must not wait
 
         Precision.named(self.precision).check_sizes(self.model, self.layout.tp)
-        if self.engine.loss_scale is not None and self.precision != "fp16":
-            raise ConfigError(
-                f"engine.loss_scale={self.engine.loss_scale}: only fp16 scales the loss, this run has "
-                f"precision={self.precision}; set it to null"
-            )
 
     def ordered_stages(self) -> list[tuple[str, StageConfig]]:
         """The stages in the order they run."""

@@ -69,7 +69,7 @@ class Evaluator:
     def _is_split(self) -> bool:
         """Whether a forward pass of the model in training needs other processes, so that one alone cannot run it."""
         layout = self._run.layout
-        return layout.tp * layout.pp * layout.cp > 1 or self._run.engine.overlap_param_gather
+        return layout.tp * layout.pp * layout.cp > 1 or layout.zero == 3 or self._run.engine.overlap_param_gather
 
     def _assembled(self, weights: dict[str, torch.Tensor]) -> VideoModel:
         """A copy of the whole model on this process."""

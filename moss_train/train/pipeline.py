@@ -145,7 +145,8 @@ def _layout(run: RunConfig) -> str:
     if layout.vpp > 1:
         degrees += f" of {layout.vpp} chunks each"
     shares = f"frames shared by {layout.share_ranks} ({layout.sharding})" if layout.share_ranks > 1 else ""
-    parts = [degrees, f"layers {split}", shares, "zero 1" if layout.zero else ""]
+    engine = f"engine {run.engine.name}" if run.engine.name != "megatron" else ""
+    parts = [degrees, f"layers {split}", shares, f"zero {layout.zero}" if layout.zero else "", engine]
     return "; ".join(part for part in parts if part)
 
 

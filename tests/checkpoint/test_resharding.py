@@ -18,11 +18,17 @@ LAYOUTS = {
     "pp4-uneven": LayoutConfig(pp=4, pipeline_split=[1, 3, 3, 1]),
     "tp2-cp2": LayoutConfig(tp=2, cp=2),
     "pp2-dp2-zero1": LayoutConfig(pp=2, dp=2, zero=1, frame_shard="tp"),
+    "deepspeed-zero0-tp2": LayoutConfig(tp=2),
+    "deepspeed-zero1-tp2-sp-dp2": LayoutConfig(tp=2, sp=True, dp=2, zero=1),
+    "deepspeed-zero2-dp4": LayoutConfig(dp=4, zero=2),
+    "deepspeed-zero3-tp2-dp2": LayoutConfig(tp=2, dp=2, zero=3),
 }
 
 
 def case_of(layout: str, precision: str = "fp32", **options) -> Case:
-    return Case(problem=Problem(optimizer="adamw", **options), layout=LAYOUTS[layout], precision=precision)
+    engine = "deepspeed" if layout.startswith("deepspeed") else "megatron"
+    problem = Problem(optimizer="adamw", **options)
+    return Case(problem=problem, layout=LAYOUTS[layout], precision=precision, engine_name=engine)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +75,17 @@ def saved_path(saved, layout):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_frozen_parts_have_no_optimizer_state_and_move_too(ranks, tmp_path, precision):
-    layouts, options = ("tp2-sp-dp2-zero1", "pp2-vpp2", "one"), {"trainable": "projector_xattn", "precision": precision}
+    layouts = ("tp2-sp-dp2-zero1", "pp2-vpp2", "one")
+    check_among(ranks, tmp_path, layouts, trainable="projector_xattn", precision=precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_frozen_parts_move_between_deepspeed_and_megatron_too(ranks, tmp_path, precision):
+    layouts = ("tp2-sp-dp2-zero1", "deepspeed-zero1-tp2-sp-dp2", "deepspeed-zero2-dp4", "deepspeed-zero3-tp2-dp2")
+    check_among(ranks, tmp_path, layouts, trainable="projector_xattn", precision=precision)
+
+
+def check_among(ranks, tmp_path, layouts, **options):
     saved = saved_in(ranks, tmp_path, layouts, **options)
     for layout in layouts:
         case = case_of(layout, **options)

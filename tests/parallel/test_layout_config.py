@@ -22,7 +22,7 @@ REFUSED = [
     (LayoutConfig(tp=2), 1, r"1 process started.*nproc-per-node 2"),
     (LayoutConfig(dp=2), 3, r"layout\.dp=2.*leave 3"),
     (LayoutConfig(dp=0), 1, r"layout\.dp=0.*or null"),
-    (LayoutConfig(zero=2), 1, r"layout\.zero=2.*0 and 1"),
+    (LayoutConfig(zero=4), 1, r"layout\.zero=4.*0 and 1.*deepspeed 2 and 3"),
     (LayoutConfig(sp=True), 1, r"layout\.sp=true.*layout\.tp above 1"),
     (LayoutConfig(frame_shard="rows"), 1, r"layout\.frame_shard='rows'.*model_parallel"),
     (LayoutConfig(backend="mpi"), 1, r"layout\.backend='mpi'.*gloo"),

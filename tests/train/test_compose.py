@@ -30,7 +30,7 @@ def test_every_layout_composes(layout, monkeypatch):
 
 def test_published_recipes_train_in_bfloat16_and_those_for_any_machine_in_float32():
     precision = {recipe: compose_run([f"recipe={recipe}"]).precision for recipe in available("recipe")}
-    published = {"align", "temporal", "sft", "realtime", "pipeline"}
+    published = {"align", "temporal", "sft", "realtime", "pipeline", "reference_zero2"}
     assert precision == {recipe: "bf16" if recipe in published else "fp32" for recipe in precision}
 
 
@@ -51,6 +51,16 @@ def test_published_hyperparameters():
         assert (optim.warmup, optim.warmup_fraction, optim.schedule) == ("logarithmic", 0.1, "linear")
         assert (optim.clip, optim.betas) == (1.0, [0.9, 0.999])
         assert set(stage.objective.weights.values()) == {1.0, 0.0} and stage.objective.focal_gamma == 0.0
+
+
+def test_the_reference_trainers_settings_under_deepspeed():
+    run = compose_run(["recipe=reference_zero2"])
+    assert (run.engine.name, run.layout.zero, run.precision) == ("deepspeed", 2, "bf16")
+    rates = {name: stage.optim.lr for name, stage in run.stages.items()}
+    assert rates == {"align": 2e-5, "sft": 1e-5, "realtime": 2e-5}
+    for stage in run.stages.values():
+        assert (stage.optim.warmup, stage.optim.schedule, stage.optim.clip) == ("logarithmic", "linear", 1.0)
+        assert (stage.data.pack, stage.data.micro_batch_rows, stage.data.shuffle) == (False, 1, False)
 
 
 def test_the_command_line_wins_over_the_recipe():

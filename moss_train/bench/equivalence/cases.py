@@ -93,6 +93,7 @@ class Case:
     micro_batch_rows: int = 1
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    engine_name: str = "megatron"
 
     @property
     def world_size(self) -> int:
@@ -102,6 +103,7 @@ class Case:
     def engine(self) -> EngineConfig:
         """What the engine is told."""
         return EngineConfig(
+            name=self.engine_name,
             recompute=self.recompute,
             overlap_grad_reduce=self.overlap_grad_reduce,
             overlap_param_gather=self.overlap_param_gather,

@@ -43,6 +43,7 @@ def train_case(rank: int, ranks: int, case: Case, path: str) -> tuple[list[Figur
     evaluated = engine.eval_step(microbatches(case, 0, state)).loss
     steps = []
     for step in range(STEPS):
+        engine.keep_gradients = step == 0
         output = engine.train_step(microbatches(case, step, state))
         steps.append(Figures(output.loss, output.grad_norm, output.per_kind, output.per_kind_count))
         if step == 0:

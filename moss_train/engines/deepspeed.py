@@ -1,0 +1,383 @@
+"""The DeepSpeed engine: ZeRO around the same model, our loss normaliser, our learning rates, our verdict on a step.
+
+One step, in order: Z of the global batch → forward and backward of every microbatch, during which gradients are summed
+over tensor-parallel processes where each saw a part → with the last one, or every one, the sum over data-parallel
+processes → gradient norm → step, unless something is not finite.
+
+The loss is divided by Z before the backward pass, so gradients must only be *summed*: over microbatches and ranks.
+DeepSpeed divides by the number of ranks that hold the same parameters, so the loss is multiplied by it; its division by
+accumulation steps is left out. Processes that share frames each differentiate 1/`layout.cp` of the loss, as in the
+Megatron engine.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moss_train.parallel import groups  # first: installs the CPU seam before megatron is imported
+
+# isort: split
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from torch import nn
+
+from moss_train.data.batch import Batch, FrameShare
+from moss_train.engines import loss_scale, optimizer_state
+from moss_train.engines.config import EngineConfig, OptimConfig
+from moss_train.engines.deepspeed_library import initialize
+from moss_train.engines.deepspeed_settings import deepspeed_settings
+from moss_train.engines.deepspeed_shards import Shards
+from moss_train.engines.deepspeed_state import DeepSpeedState
+from moss_train.engines.engine_rules import check_engine, check_optimizer
+from moss_train.engines.even_work import EvenEncoder, even_microbatches, with_frames
+from moss_train.engines.fit import require_fit
+from moss_train.engines.frames import plans_of
+from moss_train.engines.full_tensors import Entry, collect_on_main, require_names
+from moss_train.engines.gradients import clip_to_norm, global_norm
+from moss_train.engines.held_optimizer import held_optimizer
+from moss_train.engines.learning_rate import LearningRate
+from moss_train.engines.megatron_state import OPTIMIZER
+from moss_train.engines.optimizer_state import MAIN, HeldState
+from moss_train.engines.pieces import Piece, TensorSource
+from moss_train.engines.protocol import EngineState, StepOutput
+from moss_train.engines.trainable import check_trainable
+from moss_train.engines.weights import NAMESPACE
+from moss_train.errors import ConfigError
+from moss_train.model.build import whole_model
+from moss_train.model.groups import parameter_groups
+from moss_train.model.precision import Precision
+from moss_train.model.video_model import VideoModel
+from moss_train.objectives.figures import LossFigures, statistics
+from moss_train.objectives.streaming_loss import LossOutput, StreamingLoss
+from moss_train.parallel.frame_gather import SharePlan, gather_over_tensor
+from moss_train.parallel.groups import ParallelState
+from moss_train.parallel.phases import beat, phase
+
+
+class DeepSpeedEngine:
+    """See `protocol.Engine`. ZeRO 0 to 3 with tensor, sequence, data and frame parallelism; float32, bfloat16 and
+    float16."""
+
+    def __init__(self, config: EngineConfig):
+        self._config = config
+
+    def setup(
+        self,
+        model: VideoModel,
+        trainable: set[str],
+        optim: OptimConfig,
+        objective: StreamingLoss,
+        total_steps: int,
+    ) -> None:
+        """See `protocol.Engine.setup`. `model` is what this process holds (`model.build.build_model`)."""
+        optim.validate()
+        self._parallel = groups.state()
+        layout = self._parallel.layout
+        self._precision = Precision.of(model.config.params_dtype, bool(model.config.fp8))
+        check_engine(self._config, layout, self._precision.name)
+        check_optimizer(self._config, layout, optim.name)
+        with torch.device("meta"):
+            whole = whole_model(model.sizes, self._parallel)
+        self._group_of = parameter_groups(whole)
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
+        check_trainable(trainable, self._group_of, optim)
+        self._trainable = set(trainable)
+        self._optim = optim
+        objective.split_over(self._parallel.tensor_group, vocab_parallel_cross_entropy)
+        self._objective = objective
+        self._rates = LearningRate(optim, total_steps)
+        self.step = 0
+        self.skipped_steps = 0
+        self._keep_gradients = False
+
+        empty = [name for name, shape in self._shapes.items() if 0 in shape]
+        if layout.zero == 3 and empty:
+            raise ConfigError(
+                f"layout.zero=3: ZeRO 3 cannot share out {', '.join(empty)}, which has no elements; set layout.zero=2"
+            )
+
+        self._model = model.to(self._parallel.device)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trainable)
+        self._trained = {name: parameter for name, parameter in model.named_parameters() if name in trainable}
+        self._trained_groups = sorted({self._group_of[name] for name in trainable})
+        self._sum_partial_gradients()
+        self._encoder = EvenEncoder(model, self._parallel)
+        self._settings = deepspeed_settings(self._config, layout, self._precision.name, optim.clip)
+        self._optimizer = held_optimizer(optim, self._param_groups())
+        # Some of DeepSpeed's optimizers take a step with zero gradients when they start.
+        self._optimizer.held = True
+        self._engine = initialize(_Step(model, self._parallel), self._optimizer, self._settings, self._parallel)
+        self._shards = Shards(self._engine, self._optimizer, layout.zero)
+        self._optimizer.state.clear()
+        self._optimizer.initialise(self._shards.stepped())
+        self._optimizer.held = False
+        self._scaler = loss_scale.scaler_of(self._engine.optimizer) if self._precision.name == "fp16" else None
+        self._state = DeepSpeedState(model, self._trained, self._shards, self._moments, self._parallel)
+
+    @property
+    def keep_gradients(self) -> bool:
+        """See `protocol.Engine.keep_gradients`."""
+        return self._keep_gradients
+
+    @keep_gradients.setter
+    def keep_gradients(self, keep: bool) -> None:
+        self._keep_gradients = self._optimizer.keep_gradients = keep
+
+    def train_step(self, microbatches: Sequence[Batch], loss_limit: float | None = None) -> StepOutput:
+        """See `protocol.Engine.train_step`."""
+        self._optimizer.kept.clear()
+        self._engine.train()
+        with phase("forward"):
+            figures = self._run(microbatches, training=True)
+        with phase("reduce"):
+            return self._take_step(figures, loss_limit)
+
+    @torch.no_grad()
+    def eval_step(self, microbatches: Sequence[Batch]) -> LossFigures:
+        """See `protocol.Engine.eval_step`."""
+        self._engine.eval()
+        return self._run(microbatches, training=False)
+
+    def expected_shapes(self, optimizer: bool = True) -> dict[str, tuple[int, ...]]:
+        """See `protocol.Engine.expected_shapes`."""
+        shapes = {f"{NAMESPACE}/{name}": shape for name, shape in self._shapes.items()}
+        if optimizer:
+            shapes |= {
+                f"{OPTIMIZER}/{name}/{moment}": self._shapes[name]
+                for name in sorted(self._trainable)
+                for moment in self._moments
+            }
+        return shapes
+
+    def pieces(self) -> list[Piece]:
+        """See `protocol.Engine.pieces`."""
+        return self._state.owned()
+
+    def metadata(self) -> dict[str, Any]:
+        """See `protocol.Engine.metadata`. Holds the dictionary that DeepSpeed was given, too."""
+        metadata: dict[str, Any] = {
+            "engine": "deepspeed",
+            "step": self.step,
+            "skipped_steps": self.skipped_steps,
+            "total_steps": self._rates.total_steps,
+            "deepspeed": self._settings,
+        }
+        if self._scaler is not None and self._scaler.dynamic:
+            metadata["loss_scale"] = loss_scale.saved(self._scaler)
+        return metadata
+
+    def state_dict(self) -> EngineState:
+        """See `protocol.Engine.state_dict`."""
+        moments = [
+            (f"{OPTIMIZER}/{name}/{moment}", parameter, self._assembler(parameter, self._shards.held, moment))
+            for name, parameter in self._trained.items()
+            for moment in self._moments
+        ]
+        return EngineState(self._collect(self._weight_entries() + moments, self.expected_shapes()), self.metadata())
+
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """See `protocol.Engine.whole_weights`."""
+        return self._collect(self._weight_entries(), self.expected_shapes(optimizer=False))
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """See `protocol.Engine.gradients`."""
+        if not self._keep_gradients:
+            raise RuntimeError("set keep_gradients before the step after which gradients are wanted")
+        entries: list[Entry] = [
+            (name, parameter, self._assembler(parameter, self._shards.gradient, MAIN))
+            for name, parameter in self._trained.items()
+        ]
+        return self._collect(entries, self._trainable)
+
+    def load(self, source: TensorSource, metadata: dict[str, Any]) -> None:
+        """See `protocol.Engine.load`."""
+        shapes = {
+            name: shape for name, shape in source.shapes().items() if name.split("/")[0] in (NAMESPACE, OPTIMIZER)
+        }
+        require_fit(shapes, self.expected_shapes(), source.origin)
+        self._state.load(source, optimizer=True)
+        self.step = int(metadata["step"])
+        self.skipped_steps = int(metadata["skipped_steps"])
+        self._optimizer.set_step_count(self.step - self.skipped_steps)
+        if metadata.get("loss_scale") and self._scaler is not None and self._scaler.dynamic:
+            loss_scale.restore(self._scaler, metadata["loss_scale"])
+
+    def load_weights(self, source: TensorSource) -> None:
+        """See `protocol.Engine.load_weights`."""
+        shapes = {name: shape for name, shape in source.shapes().items() if name.startswith(f"{NAMESPACE}/")}
+        require_fit(shapes, self.expected_shapes(optimizer=False), source.origin)
+        self._state.load(source, optimizer=False)
+
+    @property
+    def _moments(self) -> tuple[str, ...]:
+        return optimizer_state.MOMENTS if self._optim.name == "adamw" else ()
+
+    def _param_groups(self) -> list[dict[str, Any]]:
+        """One optimizer group for each parameter group, halved into matrices and the rest, which must not decay."""
+        members: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        for name, parameter in self._trained.items():
+            if parameter.numel():
+                members.setdefault((self._group_of[name], parameter.dim() > 1), []).append(parameter)
+        return [
+            {"params": members[key], "group": key[0], "weight_decay": self._optim.weight_decay if key[1] else 0.0}
+            for key in sorted(members)
+        ]
+
+    def _sum_partial_gradients(self) -> None:
+        """From now on, gradients of what tensor-parallel processes hold alike but apply to different tokens, heads or
+        frames are summed over them as they arise, in float32.
+
+        They arise in the same order on all of them (`even_work`), before DeepSpeed takes them."""
+        group = self._parallel.tensor_group
+        if group.size() == 1:
+            return
+
+        def summed(grad: torch.Tensor) -> torch.Tensor:
+            whole = grad.to(torch.float32, copy=True)
+            dist.all_reduce(whole, group=group)
+            return whole.to(grad.dtype)
+
+        for name, parameter in self._trained.items():
+            if sees_a_part(name, parameter):
+                parameter.register_hook(summed)
+
+    def _run(self, microbatches: Sequence[Batch], training: bool) -> LossFigures:
+        if not microbatches:
+            raise ValueError("a step needs at least one microbatch; give a batch without labels to stand aside")
+        state = self._parallel
+        tokens = self._precision.token_multiple(state.tensor_ranks, state.layout.sp)
+        share = FrameShare(state.share_rank, state.share_ranks)
+        batches = [
+            self._received(with_frames(batch, share), share).padded(tokens).to(state.device, frames=False)
+            for batch in even_microbatches(microbatches, state)
+        ]
+        normaliser = self._global_normaliser(batches)
+        outputs = []
+        calls = zip(batches, plans_of(batches, state), self._encoder.most_chunks(batches), strict=True)
+        for number, (batch, plan, chunks) in enumerate(calls, start=1):
+            beat()
+            encode = _Encode(self._encoder, batch.frames_NCHW.to(state.device, non_blocking=True), chunks)
+            if not training:
+                outputs.append(self._objective(self._engine.module(batch, plan, encode), batch, normaliser))
+                continue
+            self._engine.set_gradient_accumulation_boundary(number == len(batches))
+            output = self._objective(self._engine(batch, plan, encode), batch, normaliser)
+            # DeepSpeed averages over the processes that hold the same parameters.
+            ranks = state.data_frame_group.size() / state.frame_ranks
+            self._engine.backward(output.loss * ranks, scale_wrt_gas=False)
+            outputs.append(_detached(output))
+        summed = statistics(outputs, len(self._objective.sources))
+        dist.all_reduce(summed, group=state.data_group)
+        return LossFigures.from_statistics(summed, self._objective.sources)
+
+    def _take_step(self, figures: LossFigures, loss_limit: float | None) -> StepOutput:
+        """Update the weights, unless something says not to. Loss and norm are sums over every rank, so all ranks come
+        to the same verdict."""
+        rates = self._set_learning_rates()
+        withheld = not math.isfinite(figures.loss) or (loss_limit is not None and figures.loss > loss_limit)
+        grad_norm, overflowed = None, False
+        if not self._shards.sharded:
+            grad_norm = global_norm(self._trained.values(), self._parallel)
+            withheld = withheld or not math.isfinite(grad_norm)
+            clip_to_norm(self._trained.values(), grad_norm, self._optim.clip)
+        scale_can_fall = self._scaler is not None and loss_scale.can_fall(self._scaler)
+        self._optimizer.held = withheld
+        self._engine.step()
+        self._optimizer.held = False
+        if self._shards.sharded:
+            overflowed = bool(self._engine.optimizer.overflow)
+            grad_norm = math.inf if overflowed else float(self._engine.get_global_grad_norm())
+        skipped = withheld or overflowed
+        self.step += 1
+        self.skipped_steps += skipped
+        expected = overflowed and math.isfinite(figures.loss) and scale_can_fall
+        return StepOutput(**vars(figures), grad_norm=grad_norm, lr=rates, skipped=skipped, overflowed=expected)
+
+    def _received(self, batch: Batch, share: FrameShare) -> Batch:
+        """The batch cut to this process's share of frames, if the loader has not done it."""
+        return batch if batch.frame_bounds else batch.share(share)
+
+    def _global_normaliser(self, batches: Sequence[Batch]) -> torch.Tensor:
+        total = torch.stack([self._objective.normaliser(batch) for batch in batches]).sum(dim=0)
+        dist.all_reduce(total, group=self._parallel.data_group)
+        return total
+
+    def _set_learning_rates(self) -> dict[str, float]:
+        rates = {group: self._rates.rate(group, self.step) for group in self._trained_groups}
+        for group in self._optimizer.param_groups:
+            group["lr"] = rates[group["group"]]
+        return rates
+
+    def _collect(self, entries: list[Entry], names) -> dict[str, torch.Tensor]:
+        tensors = collect_on_main(entries, self._parallel)
+        if self._parallel.is_main:
+            require_names(tensors, names)
+        return tensors
+
+    def _weight_entries(self) -> list[Entry]:
+        return [
+            (
+                f"{NAMESPACE}/{name}",
+                parameter,
+                self._assembler(parameter, self._shards.held if name in self._trained else self._shards.weight, MAIN),
+            )
+            for name, parameter in self._model.named_parameters()
+        ]
+
+    def _assembler(
+        self, parameter: nn.Parameter, find: Callable[[nn.Parameter], HeldState], kind: str
+    ) -> Callable[[], torch.Tensor]:
+        """What gives this tensor-parallel rank's part of one tensor of a parameter; collective where it is split
+        further. A frozen parameter keeps its precision."""
+        trained, shape = parameter.requires_grad, self._shards.shape(parameter)
+        split = self._shards.sharded if trained else self._shards.weights_sharded
+
+        def assemble() -> torch.Tensor:
+            held = find(parameter)
+            if not split and held.tensors:
+                return held.tensors[kind].detach().view(shape)
+            flat = torch.zeros(shape.numel(), dtype=torch.float32, device=self._parallel.device)
+            if held.end > held.start:
+                flat[held.start : held.end] = held.tensors[kind].float()
+            dist.all_reduce(flat, group=self._parallel.data_frame_group)
+            return flat.view(shape) if trained else flat.view(shape).to(parameter.dtype)
+
+        return assemble
+
+
+class _Encode:
+    """One microbatch's frames, ready to be encoded: handed to the module that DeepSpeed wraps."""
+
+    def __init__(self, encoder: EvenEncoder, frames_NCHW: torch.Tensor, chunks: int):
+        self._encoder, self._frames_NCHW, self._chunks = encoder, frames_NCHW, chunks
+
+    def __call__(self) -> torch.Tensor:
+        return self._encoder.encode(self._frames_NCHW, self._chunks)
+
+
+class _Step(nn.Module):
+    """What DeepSpeed wraps: one microbatch from pixels and ids to logits."""
+
+    def __init__(self, model: VideoModel, state: ParallelState):
+        super().__init__()
+        self.model = model
+        self._state = state
+
+    def forward(self, batch: Batch, plan: SharePlan, encode: _Encode) -> torch.Tensor:
+        """Logits [T, R, V of this rank]."""
+        features_NPH = gather_over_tensor(encode(), plan, self._state.tensor_group)
+        held = None if plan.frames == batch.frames else (plan.first, plan.end)
+        return self.model.decode(batch.ids_RT.T, self.model.layer_inputs(batch, held).with_features(features_NPH))
+
+
+def sees_a_part(name: str, parameter: nn.Parameter) -> bool:
+    """Whether each tensor-parallel process applies a parameter, which all hold alike, to a part of the work alone."""
+    encodes = name.startswith(("vision_tower.", "projector."))
+    return encodes or getattr(parameter, "partial_over_tensor_group", False)
+
+
+def _detached(output: LossOutput) -> LossOutput:
+    output.loss = output.loss.detach()
+    return output
