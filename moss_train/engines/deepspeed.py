@@ -1,18 +1,21 @@
 """The DeepSpeed engine: ZeRO around the same model, our loss normaliser, our learning rates, our verdict on a step.
 
-One step, in order: Z of the global batch → forward and backward of every microbatch, during which gradients are summed
-over tensor-parallel processes where each saw a part → with the last one, or every one, the sum over data-parallel
-processes → gradient norm → step, unless something is not finite.
+One step, in order: Z of the global batch → forward and backward of every microbatch → gradients summed over
+tensor-parallel processes where each saw a part (without pipeline stages as they arise), and over data-parallel ones →
+gradient norm → step, unless something is not finite.
 
 The loss is divided by Z before the backward pass, so gradients must only be *summed*: over microbatches and ranks.
 DeepSpeed divides by the number of ranks that hold the same parameters, so the loss is multiplied by it; its division by
 accumulation steps is left out. Processes that share frames each differentiate 1/`layout.cp` of the loss, as in the
 Megatron engine.
+
+How microbatches pass through the model is a matter of their own: `deepspeed_whole`, and with pipeline stages
+`deepspeed_pipeline`.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 from moss_train.parallel import groups  # first: installs the CPU seam before megatron is imported
 
@@ -22,17 +25,17 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import nn
 
-from moss_train.data.batch import Batch, FrameShare
+from moss_train.data.batch import Batch
 from moss_train.engines import loss_scale, optimizer_state
 from moss_train.engines.config import EngineConfig, OptimConfig
-from moss_train.engines.deepspeed_library import initialize
+from moss_train.engines.deepspeed_library import initialize, load
 from moss_train.engines.deepspeed_settings import deepspeed_settings
 from moss_train.engines.deepspeed_shards import Shards
 from moss_train.engines.deepspeed_state import DeepSpeedState
+from moss_train.engines.deepspeed_whole import WholePasses
 from moss_train.engines.engine_rules import check_engine, check_optimizer
-from moss_train.engines.even_work import EvenEncoder, even_microbatches, with_frames
 from moss_train.engines.fit import require_fit
-from moss_train.engines.frames import plans_of
+from moss_train.engines.frames import is_of_encoder
 from moss_train.engines.full_tensors import Entry, collect_on_main, require_names
 from moss_train.engines.gradients import clip_to_norm, global_norm
 from moss_train.engines.held_optimizer import held_optimizer
@@ -50,9 +53,8 @@ from moss_train.model.precision import Precision
 from moss_train.model.video_model import VideoModel
 from moss_train.objectives.figures import LossFigures, statistics
 from moss_train.objectives.streaming_loss import LossOutput, StreamingLoss
-from moss_train.parallel.frame_gather import SharePlan, gather_over_tensor
-from moss_train.parallel.groups import ParallelState
-from moss_train.parallel.phases import beat, phase
+from moss_train.parallel.agreement import any_rank
+from moss_train.parallel.phases import phase
 
 
 class DeepSpeedEngine:
@@ -102,13 +104,14 @@ class DeepSpeedEngine:
             parameter.requires_grad_(name in trainable)
         self._trained = {name: parameter for name, parameter in model.named_parameters() if name in trainable}
         self._trained_groups = sorted({self._group_of[name] for name in trainable})
-        self._sum_partial_gradients()
-        self._encoder = EvenEncoder(model, self._parallel)
         self._settings = deepspeed_settings(self._config, layout, self._precision.name, optim.clip)
-        self._optimizer = held_optimizer(optim, self._param_groups())
+        param_groups, placeholders = self._param_groups()
+        self._optimizer = held_optimizer(optim, param_groups)
+        self._passes = self._passes_of(model, placeholders)
         # Some of DeepSpeed's optimizers take a step with zero gradients when they start.
         self._optimizer.held = True
-        self._engine = initialize(_Step(model, self._parallel), self._optimizer, self._settings, self._parallel)
+        self._engine = initialize(self._passes.module, self._optimizer, self._settings, self._parallel)
+        self._passes.attach(self._engine)
         self._shards = Shards(self._engine, self._optimizer, layout.zero)
         self._optimizer.state.clear()
         self._optimizer.initialise(self._shards.stepped())
@@ -128,7 +131,6 @@ class DeepSpeedEngine:
     def train_step(self, microbatches: Sequence[Batch], loss_limit: float | None = None) -> StepOutput:
         """See `protocol.Engine.train_step`."""
         self._optimizer.kept.clear()
-        self._engine.train()
         with phase("forward"):
             figures = self._run(microbatches, training=True)
         with phase("reduce"):
@@ -137,7 +139,6 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def eval_step(self, microbatches: Sequence[Batch]) -> LossFigures:
         """See `protocol.Engine.eval_step`."""
-        self._engine.eval()
         return self._run(microbatches, training=False)
 
     def expected_shapes(self, optimizer: bool = True) -> dict[str, tuple[int, ...]]:
@@ -214,77 +215,74 @@ class DeepSpeedEngine:
     def _moments(self) -> tuple[str, ...]:
         return optimizer_state.MOMENTS if self._optim.name == "adamw" else ()
 
-    def _param_groups(self) -> list[dict[str, Any]]:
-        """One optimizer group for each parameter group, halved into matrices and the rest, which must not decay."""
-        members: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    def _passes_of(self, model: VideoModel, placeholders: list[nn.Parameter]) -> "Passes":
+        if self._parallel.pipeline_ranks == 1:
+            return WholePasses(model, self._trained, self._objective, self._parallel)
+        load()
+        from moss_train.engines.deepspeed_pipeline import PipelinePasses
+
+        return PipelinePasses(model, self._trained, placeholders, self._objective, self._parallel)
+
+    def _param_groups(self) -> tuple[list[dict[str, Any]], list[nn.Parameter]]:
+        """One optimizer group for each parameter group, halved into matrices and the rest, which must not decay.
+
+        DeepSpeed measures norms group by group, over all stages of a pipeline, so all have the same groups. Where a
+        stage has nothing in one, a placeholder of one element, whose gradient is zero, stands in; these come second.
+        """
+        members: dict[tuple[str, bool], list[nn.Parameter]] = {
+            (self._group_of[name], len(self._shapes[name]) > 1): []
+            for name in self._trainable
+            if 0 not in self._shapes[name]
+        }
         for name, parameter in self._trained.items():
             if parameter.numel():
-                members.setdefault((self._group_of[name], parameter.dim() > 1), []).append(parameter)
-        return [
-            {"params": members[key], "group": key[0], "weight_decay": self._optim.weight_decay if key[1] else 0.0}
+                members[self._group_of[name], parameter.dim() > 1].append(parameter)
+        placeholders = {key: self._placeholder() for key, held in members.items() if not held}
+        groups_of_all = [
+            {
+                "params": members[key] or [placeholders[key]],
+                "group": key[0],
+                "weight_decay": self._optim.weight_decay if key[1] else 0.0,
+            }
             for key in sorted(members)
         ]
+        return groups_of_all, list(placeholders.values())
 
-    def _sum_partial_gradients(self) -> None:
-        """From now on, gradients of what tensor-parallel processes hold alike but apply to different tokens, heads or
-        frames are summed over them as they arise, in float32.
-
-        They arise in the same order on all of them (`even_work`), before DeepSpeed takes them."""
-        group = self._parallel.tensor_group
-        if group.size() == 1:
-            return
-
-        def summed(grad: torch.Tensor) -> torch.Tensor:
-            whole = grad.to(torch.float32, copy=True)
-            dist.all_reduce(whole, group=group)
-            return whole.to(grad.dtype)
-
-        for name, parameter in self._trained.items():
-            if sees_a_part(name, parameter):
-                parameter.register_hook(summed)
+    def _placeholder(self) -> nn.Parameter:
+        parameter = nn.Parameter(torch.zeros(1, dtype=self._precision.dtype, device=self._parallel.device))
+        parameter.tensor_model_parallel = True  # so that each process has something to take the norm of
+        return parameter
 
     def _run(self, microbatches: Sequence[Batch], training: bool) -> LossFigures:
         if not microbatches:
             raise ValueError("a step needs at least one microbatch; give a batch without labels to stand aside")
         state = self._parallel
         tokens = self._precision.token_multiple(state.tensor_ranks, state.layout.sp)
-        share = FrameShare(state.share_rank, state.share_ranks)
         batches = [
-            self._received(with_frames(batch, share), share).padded(tokens).to(state.device, frames=False)
-            for batch in even_microbatches(microbatches, state)
+            batch.padded(tokens).to(state.device, frames=False) for batch in self._passes.batches(microbatches)
         ]
-        normaliser = self._global_normaliser(batches)
-        outputs = []
-        calls = zip(batches, plans_of(batches, state), self._encoder.most_chunks(batches), strict=True)
-        for number, (batch, plan, chunks) in enumerate(calls, start=1):
-            beat()
-            encode = _Encode(self._encoder, batch.frames_NCHW.to(state.device, non_blocking=True), chunks)
-            if not training:
-                outputs.append(self._objective(self._engine.module(batch, plan, encode), batch, normaliser))
-                continue
-            self._engine.set_gradient_accumulation_boundary(number == len(batches))
-            output = self._objective(self._engine(batch, plan, encode), batch, normaliser)
-            # DeepSpeed averages over the processes that hold the same parameters.
-            ranks = state.data_frame_group.size() / state.frame_ranks
-            self._engine.backward(output.loss * ranks, scale_wrt_gas=False)
-            outputs.append(_detached(output))
-        summed = statistics(outputs, len(self._objective.sources))
+        outputs = self._passes.run(batches, self._global_normaliser(batches), training)
+        summed = statistics(outputs, len(self._objective.sources)).to(state.device)
         dist.all_reduce(summed, group=state.data_group)
+        if state.pipeline_ranks > 1:
+            # Only the stage with the head has seen them.
+            dist.all_reduce(summed, group=state.pipeline_group)
         return LossFigures.from_statistics(summed, self._objective.sources)
 
     def _take_step(self, figures: LossFigures, loss_limit: float | None) -> StepOutput:
         """Update the weights, unless something says not to. Loss and norm are sums over every rank, so all ranks come
-        to the same verdict."""
+        to the same verdict whether they are finite."""
         rates = self._set_learning_rates()
-        withheld = not math.isfinite(figures.loss) or (loss_limit is not None and figures.loss > loss_limit)
+        withheld = not math.isfinite(figures.loss)
+        withheld = (loss_limit is not None and any_rank(figures.loss > loss_limit)) or withheld
         grad_norm, overflowed = None, False
         if not self._shards.sharded:
-            grad_norm = global_norm(self._trained.values(), self._parallel)
+            grad_norm = global_norm(self._counted(), self._parallel)
             withheld = withheld or not math.isfinite(grad_norm)
             clip_to_norm(self._trained.values(), grad_norm, self._optim.clip)
         scale_can_fall = self._scaler is not None and loss_scale.can_fall(self._scaler)
         self._optimizer.held = withheld
-        self._engine.step()
+        self._passes.step()
         self._optimizer.held = False
         if self._shards.sharded:
             overflowed = bool(self._engine.optimizer.overflow)
@@ -295,9 +293,12 @@ class DeepSpeedEngine:
         expected = overflowed and math.isfinite(figures.loss) and scale_can_fall
         return StepOutput(**vars(figures), grad_norm=grad_norm, lr=rates, skipped=skipped, overflowed=expected)
 
-    def _received(self, batch: Batch, share: FrameShare) -> Batch:
-        """The batch cut to this process's share of frames, if the loader has not done it."""
-        return batch if batch.frame_bounds else batch.share(share)
+    def _counted(self) -> Iterator[nn.Parameter]:
+        """The trained parameters that this stage counts in the gradient norm: copies of the encoder on later stages are
+        not counted again."""
+        for name, parameter in self._trained.items():
+            if self._parallel.first_stage or not is_of_encoder(name):
+                yield parameter
 
     def _global_normaliser(self, batches: Sequence[Batch]) -> torch.Tensor:
         total = torch.stack([self._objective.normaliser(batch) for batch in batches]).sum(dim=0)
@@ -347,37 +348,21 @@ class DeepSpeedEngine:
         return assemble
 
 
-class _Encode:
-    """One microbatch's frames, ready to be encoded: handed to the module that DeepSpeed wraps."""
+class Passes(Protocol):
+    """How the microbatches of a step pass through what this process holds of the model."""
 
-    def __init__(self, encoder: EvenEncoder, frames_NCHW: torch.Tensor, chunks: int):
-        self._encoder, self._frames_NCHW, self._chunks = encoder, frames_NCHW, chunks
+    module: nn.Module  #: what DeepSpeed wraps
 
-    def __call__(self) -> torch.Tensor:
-        return self._encoder.encode(self._frames_NCHW, self._chunks)
+    def attach(self, engine: Any) -> None:
+        """Take DeepSpeed's engine around `module`."""
 
+    def batches(self, microbatches: Sequence[Batch]) -> list[Batch]:
+        """What is run in place of these: each cut to this process's share of frames, perhaps with blank ones more.
+        Collective."""
 
-class _Step(nn.Module):
-    """What DeepSpeed wraps: one microbatch from pixels and ids to logits."""
+    def run(self, batches: Sequence[Batch], normaliser: torch.Tensor, training: bool) -> list[LossOutput]:
+        """Forward passes and, for training, backward passes and the sums of gradients. The loss of each microbatch,
+        without a graph; none where the head is not. Collective."""
 
-    def __init__(self, model: VideoModel, state: ParallelState):
-        super().__init__()
-        self.model = model
-        self._state = state
-
-    def forward(self, batch: Batch, plan: SharePlan, encode: _Encode) -> torch.Tensor:
-        """Logits [T, R, V of this rank]."""
-        features_NPH = gather_over_tensor(encode(), plan, self._state.tensor_group)
-        held = None if plan.frames == batch.frames else (plan.first, plan.end)
-        return self.model.decode(batch.ids_RT.T, self.model.layer_inputs(batch, held).with_features(features_NPH))
-
-
-def sees_a_part(name: str, parameter: nn.Parameter) -> bool:
-    """Whether each tensor-parallel process applies a parameter, which all hold alike, to a part of the work alone."""
-    encodes = name.startswith(("vision_tower.", "projector."))
-    return encodes or getattr(parameter, "partial_over_tensor_group", False)
-
-
-def _detached(output: LossOutput) -> LossOutput:
-    output.loss = output.loss.detach()
-    return output
+    def step(self) -> None:
+        """DeepSpeed's own step, which also clears gradients."""

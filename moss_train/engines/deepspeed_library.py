@@ -1,6 +1,6 @@
 """DeepSpeed as this package uses it: with our process groups, without compiling anything, without its own logging.
 
-The only module that imports DeepSpeed, and only when an engine is set up with it.
+DeepSpeed is imported here and in `deepspeed_pipeline`, and only when an engine is set up with it.
 """
 
 import contextlib
@@ -14,64 +14,33 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moss_train.engines.deepspeed_groups import OwnGroups
 from moss_train.errors import ConfigError
 from moss_train.parallel import groups
 from moss_train.parallel.groups import ParallelState
-
-
-class GroupAdapter:
-    """Our process groups under the names by which DeepSpeed asks for them (its argument `mpu`).
-
-    Data-parallel, to DeepSpeed, are all processes that hold the same parameters, those that share frames included.
-    """
-
-    def __init__(self, state: ParallelState):
-        self._tensor, self._data = state.tensor_group, state.data_frame_group
-
-    def get_model_parallel_rank(self) -> int:
-        return self._tensor.rank()
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._tensor.size()
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._tensor
-
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
-
-    def get_data_parallel_rank(self) -> int:
-        return self._data.rank()
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._data.size()
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._data
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        return dist.get_process_group_ranks(self._data)
 
 
 def initialize(
     module: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], state: ParallelState
 ) -> Any:
     """DeepSpeed's engine around `module`, with `settings` as its JSON. ConfigError when it is not installed."""
-    library = _imported()
+    library = load()
     _attach(library)
     _forget_modules()
     # It reads from the environment, then and later, which device is this process's; torchrun alone sets that.
     os.environ.setdefault("LOCAL_RANK", str(state.device.index or 0))
+    # A pipeline's module brings its own.
+    own_groups = OwnGroups(state) if state.pipeline_ranks == 1 else None
     # Its bfloat16 optimizer prints how much memory there is, group by group.
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = library.initialize(
-            model=module, optimizer=optimizer, config=settings, mpu=GroupAdapter(state), dist_init_required=False
+            model=module, optimizer=optimizer, config=settings, mpu=own_groups, dist_init_required=False
         )
     return engine
 
 
-def _imported() -> Any:
+def load() -> Any:
+    """The package. ConfigError when it is not installed."""
     if not torch.cuda.is_available():
         # Otherwise it searches for accelerators, and warns when it finds none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

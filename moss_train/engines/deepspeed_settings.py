@@ -44,7 +44,7 @@ _ELSEWHERE = {
     "gradient_allreduce_op": "gradients are summed, and the loss is divided by the global batch's normaliser",
     "gradient_predivide_factor": "gradients are summed, and the loss is divided by the global batch's normaliser",
     "optimizer": "set stages.<name>.optim",
-    "pipeline": "set layout.pp (engine.name=megatron)",
+    "pipeline": "set layout.pp, and engine.recompute",
     "scheduler": "set stages.<name>.optim",
     "sequence_parallel_size": "set layout.sp",
     "tensor_parallel": "set layout.tp",
@@ -162,6 +162,11 @@ def _own(engine: EngineConfig, layout: LayoutConfig, precision: str, clip: float
             "ignore_unused_parameters": True,
         },
     }
+    if layout.pp > 1:
+        # Messages go whole: DeepSpeed's halves are wrong with sequence parallelism, silently.
+        own["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False, "activation_checkpoint_interval": 0}
+    if layout.dualpipev:
+        own["gradient_accumulation_steps"] = 2 * layout.pp  # it insists, when it starts
     if precision == "bf16":
         own["bf16"] = {"enabled": True, "check_grad_overflow": True}
     if precision == "fp16":

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from moss_train.engines.deepspeed_shards import Shards
+from moss_train.engines.frames import is_of_encoder
 from moss_train.engines.megatron_state import OPTIMIZER, Replicas, own_part, read_block
 from moss_train.engines.optimizer_state import MAIN, HeldState
 from moss_train.engines.pieces import Piece, Shape, TensorSource, blocks_of_run
@@ -36,7 +37,7 @@ class DeepSpeedState:
             trained = name in self._trained
             held = self._shards.held(parameter) if trained else self._shards.weight(parameter)
             sharded = self._shards.sharded if trained else self._shards.weights_sharded
-            replicas = self._replicas(parameter, sharded and 0 not in self.whole_shape(parameter))
+            replicas = self._replicas(name, parameter, sharded and 0 not in self.whole_shape(parameter))
             for kind, tensor_name in self._saved_under(name):
                 pieces = self._pieces(tensor_name, parameter, held, kind, constant=not trained)
                 by_replicas.setdefault(replicas, []).extend(pieces)
@@ -103,12 +104,14 @@ class DeepSpeedState:
             offsets[parameter.partition_dim] = self._parallel.tensor_rank * shape[parameter.partition_dim]
         return tuple(offsets)
 
-    def _replicas(self, parameter: torch.nn.Parameter, sharded: bool) -> Replicas:
-        """Who else holds the same: over tensor-parallel processes what is not split, over data and frame ranks what is
-        not sharded over these."""
+    def _replicas(self, name: str, parameter: torch.nn.Parameter, sharded: bool) -> Replicas:
+        """Who else holds the same: over tensor-parallel processes what is not split, over the stages the encoder where
+        all of them have it, over data and frame ranks what is not sharded over these."""
         state, axes = self._parallel, []
         if not sharded:
             axes.append(("data", state.data_frame_group.size(), state.data_frame_group.rank()))
+        if is_of_encoder(name) and state.layout.sharding == "model_parallel":
+            axes.append(("pipeline", state.pipeline_ranks, state.pipeline_rank))
         if not is_split(parameter):
             axes.append(("tensor", state.tensor_ranks, state.tensor_rank))
         return Replicas(tuple(axes))

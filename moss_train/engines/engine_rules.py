@@ -37,6 +37,11 @@ def _check_megatron(engine: EngineConfig, layout: LayoutConfig) -> None:
         raise ConfigError(
             f"layout.zero={layout.zero}: the megatron engine knows 0 and 1; set one of them, or engine.name=deepspeed"
         )
+    if layout.dualpipev:
+        raise ConfigError(
+            "layout.pipeline_schedule=dualpipev: is DeepSpeed's; set auto (layout.vpp above 1 interleaves), or "
+            "engine.name=deepspeed"
+        )
     if engine.deepspeed:
         raise ConfigError("engine.deepspeed: is read by engine.name=deepspeed alone; set that, or remove it")
     if engine.overlap_param_gather and not layout.zero:
@@ -45,9 +50,7 @@ def _check_megatron(engine: EngineConfig, layout: LayoutConfig) -> None:
 
 def _check_deepspeed(engine: EngineConfig, layout: LayoutConfig, precision: str) -> None:
     if layout.pp > 1:
-        raise ConfigError(
-            f"layout.pp={layout.pp}: the deepspeed engine has no pipeline yet; set layout.pp=1, or engine.name=megatron"
-        )
+        _check_deepspeed_pipeline(engine, layout)
     if precision == "fp8":
         raise ConfigError("precision=fp8: is of the megatron engine; set precision=bf16, or engine.name=megatron")
     if precision in HALF and not layout.zero:
@@ -71,3 +74,28 @@ def _check_deepspeed(engine: EngineConfig, layout: LayoutConfig, precision: str)
             f"{2.0 ** round(math.log2(engine.initial_loss_scale)):g}"
         )
     check_settings(engine, layout, precision)
+
+
+def _check_deepspeed_pipeline(engine: EngineConfig, layout: LayoutConfig) -> None:
+    if layout.zero > 1:
+        raise ConfigError(
+            f"layout.zero={layout.zero}: with pipeline stages (layout.pp={layout.pp}) DeepSpeed shards gradients and "
+            "weights wrongly or not at all; set layout.zero to 0 or 1, or layout.pp=1"
+        )
+    if layout.vpp > 1:
+        raise ConfigError(
+            f"layout.vpp={layout.vpp}: DeepSpeed has no interleaved schedule; set layout.vpp=1 (perhaps with "
+            "layout.pipeline_schedule=dualpipev), or engine.name=megatron"
+        )
+    if engine.overlap_grad_reduce:
+        raise ConfigError(
+            f"engine.overlap_grad_reduce=true: with pipeline stages (layout.pp={layout.pp}) DeepSpeed sums gradients "
+            "after the schedule; set it to false, or engine.name=megatron"
+        )
+    for part in ("offload_optimizer", "offload_param"):
+        zero_optimization = engine.deepspeed.get("zero_optimization") or {}
+        if (zero_optimization.get(part) or {}).get("device", "none") != "none":
+            raise ConfigError(
+                f"engine.deepspeed.zero_optimization.{part}: is not tried with pipeline stages "
+                f"(layout.pp={layout.pp}); remove it, or set layout.pp=1"
+            )

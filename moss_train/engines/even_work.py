@@ -22,10 +22,10 @@ def even_microbatches(batches: Sequence[Batch], state: ParallelState) -> list[Ba
     """As many microbatches as the process with most of them has: the own ones, then blank ones. Collective."""
     most = torch.tensor(len(batches), device=state.device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return [*batches, *[_blank(batches[0])] * (int(most) - len(batches))]
+    return [*batches, *[blank_batch(batches[0])] * (int(most) - len(batches))]
 
 
-def _blank(like: Batch) -> Batch:
+def blank_batch(like: Batch) -> Batch:
     """One padding token and no frame: what the loader gives a process that has nothing left."""
     tokens = {one.name: getattr(like, one.name)[:1, :1].clone() for one in fields(like) if one.name.endswith("_RT")}
     blank = {name: torch.zeros_like(tensor) for name, tensor in tokens.items()}

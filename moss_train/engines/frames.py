@@ -5,13 +5,12 @@ encodes its share of every microbatch before the schedule, without a graph; afte
 features return and the encoder is run again with one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 
-from moss_train.data.batch import Batch
+from moss_train.data.batch import Batch, FrameShare
 from moss_train.parallel.frame_gather import (
     SharePlan,
     from_first_stage,
@@ -38,13 +37,21 @@ class FrameFeatures:
     """Features of the frames of one step's microbatches, on the first stage."""
 
     def __init__(
-        self, state: ParallelState, encoder: DistributedDataParallel | None, trains_tower: bool, trains_projector: bool
+        self,
+        state: ParallelState,
+        encoder: Callable[..., torch.Tensor] | None,
+        pooled: Callable[[torch.Tensor], torch.Tensor] | None,
+        trains_tower: bool,
+        trains_projector: bool,
+        backward: Callable[[torch.Tensor, torch.Tensor], None] = torch.autograd.backward,
     ):
-        """`encoder`: a wrapped `FrameEncoder`; None where this process encodes nothing."""
+        """`encoder`: a `FrameEncoder`, wrapped or not, and its `pooled`; None where this process encodes nothing.
+        `backward`: (features, their gradient) → gradients of the encoder."""
         self._state = state
-        self._encoder = encoder
+        self._encoder, self._pooled = encoder, pooled
         self._trains_tower = trains_tower
         self._trained = trains_tower or trains_projector
+        self._backward = backward
         self._ahead = state.layout.sharding == "model_parallel" and state.pipeline_ranks > 1
         self._returns_gradients = False
         self._encoded: list[_Encoded | None] = []
@@ -82,7 +89,7 @@ class FrameFeatures:
         pooled_NPD = None
         pixels = self._pixels(batch)
         if self._returns_gradients and not self._trains_tower and len(pixels):
-            pooled_NPD = self._encoder.module.pooled(pixels)
+            pooled_NPD = self._pooled(pixels)
         own_NPH = self._encoder(pixels, pooled_NPD)
         brought_NPH = to_first_stage(own_NPH, plan, self._state)
         if brought_NPH is not None:
@@ -100,7 +107,7 @@ class FrameFeatures:
                 self._pixels(encoded.batch) if encoded.pooled_NPD is None else encoded.batch.frames_NCHW,
                 encoded.pooled_NPD,
             )
-            torch.autograd.backward(features_NPH, own_grad_NPH)
+            self._backward(features_NPH, own_grad_NPH)
 
     def _pixels(self, batch: Batch) -> torch.Tensor:
         return batch.frames_NCHW.to(self._state.device, non_blocking=True)
@@ -109,3 +116,18 @@ class FrameFeatures:
 def plans_of(microbatches: Sequence[Batch], state: ParallelState) -> list[SharePlan]:
     """Which frames of each microbatch lie where."""
     return [plan_shares(batch.frame_bounds, state) for batch in microbatches]
+
+
+def received(batch: Batch, state: ParallelState) -> Batch:
+    """The batch cut to this process's share of frames, if the loader has not done it."""
+    return batch if batch.frame_bounds else batch.share(FrameShare(state.share_rank, state.share_ranks))
+
+
+def is_of_encoder(name: str) -> bool:
+    """Whether a parameter belongs to what encodes frames: the vision tower and the projector."""
+    return name.startswith(("vision_tower.", "projector."))
+
+
+def sees_a_part(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether each tensor-parallel process applies a parameter, which all hold alike, to a part of the work alone."""
+    return is_of_encoder(name) or getattr(parameter, "partial_over_tensor_group", False)

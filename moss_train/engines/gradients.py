@@ -37,32 +37,37 @@ def sum_partial_gradients(chunks: Iterable[DistributedDataParallel], state: Para
         for parameter in chunk.module.parameters()
         if parameter.requires_grad and getattr(parameter, "partial_over_tensor_group", False)
     ]
-    _all_reduce(grads, state.tensor_group)
+    add_up(grads, state.tensor_group)
 
 
 def sum_encoder_gradients(encoder: DistributedDataParallel, state: ParallelState) -> None:
     """Add up what the encoding processes of one copy of the model contributed."""
     group = state.model_group if state.layout.sharding == "model_parallel" else state.tensor_group
-    _all_reduce([buffer.grad_data for buffer in encoder.buffers], group)
+    add_up([buffer.grad_data for buffer in encoder.buffers], group)
 
 
-def _all_reduce(tensors: list[torch.Tensor], group: dist.ProcessGroup) -> None:
+def add_up(tensors: list[torch.Tensor], group: dist.ProcessGroup) -> None:
+    """Replace each tensor by its sum over `group`, in one collective and in float32."""
     if group.size() == 1 or not tensors:
         return
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]) if len(tensors) > 1 else tensors[0]
+    in_place = len(tensors) == 1 and tensors[0].dtype == torch.float32
+    flat = tensors[0] if in_place else torch.cat([tensor.reshape(-1).float() for tensor in tensors])
     dist.all_reduce(flat, group=group)
-    if len(tensors) > 1:
+    if not in_place:
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
 
 def global_norm(parameters: Iterable[torch.nn.Parameter], state: ParallelState) -> float:
-    """Norm of the whole gradient, from complete `grad`s: what tensor-parallel processes hold alike counts once."""
+    """Norm of the whole gradient, from complete `grad`s: what tensor-parallel processes hold alike counts once.
+
+    `parameters`: this process's, without those that an earlier stage counts.
+    """
     squares = torch.zeros((), dtype=torch.float64, device=state.device)
     for parameter in parameters:
         if parameter.grad is not None and (is_split(parameter) or state.tensor_rank == 0):
             squares += torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).double() ** 2
-    dist.all_reduce(squares, group=state.tensor_group)
+    dist.all_reduce(squares, group=state.model_group)
     return float(squares.sqrt())
 
 

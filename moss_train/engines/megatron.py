@@ -27,12 +27,12 @@ from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-from moss_train.data.batch import Batch, FrameShare
+from moss_train.data.batch import Batch
 from moss_train.engines import optimizer_state
 from moss_train.engines.config import EngineConfig, OptimConfig
 from moss_train.engines.engine_rules import check_engine, check_optimizer
 from moss_train.engines.fit import require_fit
-from moss_train.engines.frames import FrameFeatures, plans_of
+from moss_train.engines.frames import FrameFeatures, plans_of, received
 from moss_train.engines.full_tensors import Entry, collect_on_main, require_names
 from moss_train.engines.gradients import sum_gradients
 from moss_train.engines.learning_rate import LearningRate
@@ -40,19 +40,17 @@ from moss_train.engines.megatron_state import OPTIMIZER, MegatronState
 from moss_train.engines.neighbours import watched_messages
 from moss_train.engines.pieces import Piece, TensorSource
 from moss_train.engines.protocol import EngineState, StepOutput
-from moss_train.engines.stages import DecoderChunk, FrameEncoder
+from moss_train.engines.stages import ChunkCalls, DecoderChunk, FrameEncoder
 from moss_train.engines.trainable import check_trainable
 from moss_train.engines.weights import NAMESPACE
 from moss_train.model.build import whole_model
 from moss_train.model.groups import parameter_groups
-from moss_train.model.layers import LayerInputs
 from moss_train.model.precision import Precision
 from moss_train.model.video_model import VideoModel
 from moss_train.objectives.figures import LossFigures, statistics
 from moss_train.objectives.streaming_loss import StreamingLoss
-from moss_train.parallel.frame_gather import SharePlan
-from moss_train.parallel.message import message_length
-from moss_train.parallel.phases import beat, phase
+from moss_train.parallel.agreement import any_rank
+from moss_train.parallel.phases import phase
 
 
 class MegatronEngine:
@@ -122,7 +120,7 @@ class MegatronEngine:
         grad_norm = float(self._optimizer.get_grad_norm())
         # Loss and norm are sums over every rank, so all ranks come to the same verdict whether they are finite.
         skipped = overflowed or not (math.isfinite(figures.loss) and math.isfinite(grad_norm))
-        skipped = (loss_limit is not None and self._any(figures.loss > loss_limit)) or skipped
+        skipped = (loss_limit is not None and any_rank(figures.loss > loss_limit)) or skipped
         if not skipped:
             self._clip(grad_norm)
             self._optimizer.step_with_ready_grads()
@@ -258,6 +256,7 @@ class MegatronEngine:
         self._frames = FrameFeatures(
             self._parallel,
             self._encoder_ddp,
+            self._encoder_ddp.module.pooled if self._encoder_ddp is not None else None,
             trains_tower=any(self._group_of[name] == "vision_tower" for name in self._trainable),
             trains_projector=any(self._group_of[name] == "projector" for name in self._trainable),
         )
@@ -315,14 +314,14 @@ class MegatronEngine:
         layout, state = self._parallel.layout, self._parallel
         multiple = state.tensor_ranks if layout.sp else 1
         tokens = self._precision.token_multiple(state.tensor_ranks, layout.sp)
-        batches = [self._received(batch).padded(tokens).to(state.device, frames=False) for batch in microbatches]
+        batches = [received(batch, state).padded(tokens).to(state.device, frames=False) for batch in microbatches]
         normaliser = self._global_normaliser(batches)
         plans = plans_of(batches, state)
-        step = _Step(self._model, self._frames, batches, plans, multiple)
+        step = ChunkCalls(self._model, self._frames, batches, plans, multiple)
 
         def forward_step(numbers: Iterator[int], chunk: DistributedDataParallel):
             number = next(numbers)
-            output = step.forward(number, chunk)
+            output = step.forward(number, chunk.module, chunk)
 
             def loss_of(logits_TRV):
                 loss = self._objective(logits_TRV, batches[number], normaliser)
@@ -359,11 +358,6 @@ class MegatronEngine:
             for bucket_group in reversed(wrapped.bucket_groups if wrapped is not None else []):
                 bucket_group.finish_param_sync()
 
-    def _received(self, batch: Batch) -> Batch:
-        """The batch cut to this process's share of frames, if the loader has not done it."""
-        share = FrameShare(self._parallel.share_rank, self._parallel.share_ranks)
-        return batch if batch.frame_bounds else batch.share(share)
-
     def _summed(self, outputs: list) -> torch.Tensor:
         """The step's statistics on every rank; only the last stage has seen them."""
         state = self._parallel
@@ -373,13 +367,6 @@ class MegatronEngine:
         if state.pipeline_ranks > 1:
             torch.distributed.all_reduce(summed, group=state.pipeline_group)
         return summed
-
-    def _any(self, flag: bool) -> bool:
-        """Whether it is set on any rank. Sums of the same numbers may differ in the last bit between groups of ranks,
-        where that decides."""
-        told = torch.tensor(int(flag), device=self._parallel.device)
-        torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
-        return bool(told)
 
     def _global_normaliser(self, microbatches: Sequence[Batch]) -> torch.Tensor:
         total = torch.stack([self._objective.normaliser(batch) for batch in microbatches]).sum(dim=0)
@@ -432,46 +419,6 @@ class MegatronEngine:
             for wrapped in self._wrapped:
                 wrapped.disable_forward_pre_hook()
                 wrapped.enable_forward_pre_hook()
-
-
-class _Step:
-    """The microbatches of one step, and what their chunks share."""
-
-    def __init__(
-        self,
-        model: VideoModel,
-        frames: FrameFeatures,
-        batches: Sequence[Batch],
-        plans: Sequence[SharePlan],
-        token_ranks: int,
-    ):
-        self._model, self._frames, self._batches, self._plans = model, frames, batches, plans
-        self._token_ranks = token_ranks
-        self._inputs: dict[int, LayerInputs] = {}
-        self.message_length = max(
-            message_length(*self._hidden_shape(batch), plan.frames, model.sizes.tokens_per_frame)
-            for batch, plan in zip(batches, plans, strict=True)
-        )
-
-    def forward(self, number: int, chunk: DistributedDataParallel) -> torch.Tensor:
-        """Run one chunk on microbatch `number`."""
-        beat()
-        batch, plan = self._batches[number], self._plans[number]
-        if number not in self._inputs:
-            held = None if plan.frames == batch.frames else (plan.first, plan.end)
-            self._inputs[number] = self._model.layer_inputs(batch, held)
-        inputs = self._inputs[number]
-        features_NPH = self._frames.of(number, batch, plan) if chunk.module.is_first else None
-        if chunk.module.virtual == len(self._model.part.chunks) - 1:
-            del self._inputs[number]
-        features_shape = (plan.frames, self._model.sizes.tokens_per_frame) if batch.frames else None
-        return chunk(
-            batch.ids_RT.T, inputs, features_NPH, self._hidden_shape(batch), features_shape, self.message_length
-        )
-
-    def _hidden_shape(self, batch: Batch) -> tuple[int, int]:
-        rows, tokens = batch.ids_RT.shape
-        return tokens // self._token_ranks, rows
 
 
 def _plain(value):

@@ -12,6 +12,7 @@ import torch
 from megatron.core.optimizer import ChainedOptimizer
 
 from moss_train.engines import optimizer_state
+from moss_train.engines.frames import is_of_encoder
 from moss_train.engines.pieces import Piece, Shape, TensorSource, blocks_of_run
 from moss_train.engines.weights import NAMESPACE
 from moss_train.model.video_model import VideoModel
@@ -121,7 +122,7 @@ class MegatronState:
         axes = []
         if over_data:
             axes.append(("data", state.data_frame_group.size(), state.data_frame_group.rank()))
-        if name.startswith(("vision_tower.", "projector.")) and state.layout.sharding == "model_parallel":
+        if is_of_encoder(name) and state.layout.sharding == "model_parallel":
             axes.append(("pipeline", state.pipeline_ranks, state.pipeline_rank))
         if not is_split(parameter):
             axes.append(("tensor", state.tensor_ranks, state.tensor_rank))

@@ -1,13 +1,20 @@
-"""The modules that megatron-core wraps: the frame encoder, and each chunk of the decoder."""
+"""The modules that an engine with pipeline stages wraps, the frame encoder and each chunk of the decoder, and what they
+are called with."""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from megatron.core.enums import ModelType
 from torch import nn
 
+from moss_train.data.batch import Batch
+from moss_train.engines.frames import FrameFeatures
 from moss_train.model.layers import LayerInputs
 from moss_train.model.recompute import touch
 from moss_train.model.video_model import VideoModel
-from moss_train.parallel.message import pack_message, unpack_message
+from moss_train.parallel.frame_gather import SharePlan
+from moss_train.parallel.message import message_length, pack_message, unpack_message
+from moss_train.parallel.phases import beat
 
 
 class FrameEncoder(nn.Module):
@@ -56,7 +63,7 @@ class DecoderChunk(nn.Module):
         self._received: torch.Tensor | None = None
 
     def set_input_tensor(self, tensors: list[torch.Tensor | None] | torch.Tensor | None) -> None:
-        """Called by megatron's schedules with the message of the chunk before, None for the first."""
+        """Called before `forward` with the message of the chunk before, None for the first."""
         self._received = tensors[0] if isinstance(tensors, list) else tensors
 
     def forward(
@@ -83,3 +90,44 @@ class DecoderChunk(nn.Module):
         if self.is_last:
             return self.head(self.final_norm(x_TRH))[0]
         return pack_message(x_TRH, features_NPH, message_length)
+
+
+class ChunkCalls:
+    """The microbatches of one step, and what the chunks of this process are called with for each."""
+
+    def __init__(
+        self,
+        model: VideoModel,
+        frames: FrameFeatures,
+        batches: Sequence[Batch],
+        plans: Sequence[SharePlan],
+        token_ranks: int,
+    ):
+        """`token_ranks`: over how many processes the tokens between matrices are split."""
+        self._model, self._frames, self._batches, self._plans = model, frames, batches, plans
+        self._token_ranks = token_ranks
+        self._inputs: dict[int, LayerInputs] = {}
+        self.message_length = max(
+            message_length(*self._hidden_shape(batch), plan.frames, model.sizes.tokens_per_frame)
+            for batch, plan in zip(batches, plans, strict=True)
+        )
+
+    def forward(self, number: int, chunk: DecoderChunk, call: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """Run one chunk on microbatch `number`, through `call`: the chunk itself, or what wraps it."""
+        beat()
+        batch, plan = self._batches[number], self._plans[number]
+        if number not in self._inputs:
+            held = None if plan.frames == batch.frames else (plan.first, plan.end)
+            self._inputs[number] = self._model.layer_inputs(batch, held)
+        inputs = self._inputs[number]
+        features_NPH = self._frames.of(number, batch, plan) if chunk.is_first else None
+        if chunk.virtual == len(self._model.part.chunks) - 1:
+            del self._inputs[number]
+        features_shape = (plan.frames, self._model.sizes.tokens_per_frame) if batch.frames else None
+        return call(
+            batch.ids_RT.T, inputs, features_NPH, self._hidden_shape(batch), features_shape, self.message_length
+        )
+
+    def _hidden_shape(self, batch: Batch) -> tuple[int, int]:
+        rows, tokens = batch.ids_RT.shape
+        return tokens // self._token_ranks, rows

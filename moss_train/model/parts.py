@@ -26,16 +26,20 @@ def whole(config: ModelConfig) -> ModelPart:
 
 
 def part_of(config: ModelConfig, layout: LayoutConfig, pipeline_rank: int) -> ModelPart:
-    """What stage `pipeline_rank` holds. Chunk v of stage p is number v · pp + p in the order they run."""
+    """What stage `pipeline_rank` holds. Chunk v of stage p is number v · pp + p in the order they run; with DualPipeV
+    its chunks are numbers p and 2 · pp − 1 − p."""
     ends = [0]
     for layers in split_layers(config, layout):
         ends.append(ends[-1] + layers)
-    numbers = [virtual * layout.pp + pipeline_rank for virtual in range(layout.vpp)]
+    if layout.dualpipev:
+        numbers = [pipeline_rank, layout.chunks - 1 - pipeline_rank]
+    else:
+        numbers = [virtual * layout.pp + pipeline_rank for virtual in range(layout.vpp)]
     return ModelPart(
         encoder=pipeline_rank == 0 or layout.sharding == "model_parallel",
         embedding=pipeline_rank == 0,
         chunks=tuple((ends[number], ends[number + 1]) for number in numbers),
-        head=pipeline_rank == layout.pp - 1,
+        head=pipeline_rank == layout.last_stage,
     )
 
 

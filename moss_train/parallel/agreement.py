@@ -28,3 +28,13 @@ def gather_lists(own: list[Any]) -> list[list[Any]]:
     texts = [torch.empty_like(padded) for _ in range(ranks)]
     dist.all_gather(texts, padded)
     return [json.loads(bytes(t[:n].tolist())) if n else [] for t, n in zip(texts, counts, strict=True)]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether it is set on any rank; every rank must call it at the same point.
+
+    Sums of the same numbers may differ in the last bit between groups of ranks, where that decides.
+    """
+    told = torch.tensor(int(flag), device=groups.state().device)
+    dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    return bool(told)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from moss_train.errors import ConfigError
 
 FRAME_SHARDING = ("auto", "tp", "model_parallel")
+SCHEDULES = ("auto", "dualpipev")
 
 
 @dataclass
@@ -30,8 +31,13 @@ class LayoutConfig:
     frame_shard: str = "auto"
     """Who encodes frames: `tp` (the tensor-parallel processes of the first stage), `model_parallel` (the processes of
     every stage, before the schedule), or `auto`: model_parallel when pp > 1, else tp."""
+    pipeline_schedule: str = "auto"
+    """How microbatches take turns on the stages: `auto` is 1F1B, interleaved with vpp above 1; `dualpipev`
+    (engine.name=deepspeed) has each process hold two chunks, so that microbatches go out and come back, and the first
+    process holds the embedding and the head."""
     pipeline_split: list[int] | None = None
-    """Layers of each of the pp × vpp chunks, in the order they run; 0 is legal. null balances their cost."""
+    """Layers of each of the pp × vpp chunks (pp × 2 with dualpipev), in the order they run; 0 is legal. null balances
+    their cost."""
     overlap_p2p: bool = False
     """Overlap the sends between stages with computation; interleaved schedule and nccl only."""
     batch_p2p: bool | None = None
@@ -51,7 +57,17 @@ class LayoutConfig:
     @property
     def chunks(self) -> int:
         """Chunks of layers over all stages."""
-        return self.pp * self.vpp
+        return self.pp * (2 if self.dualpipev else self.vpp)
+
+    @property
+    def dualpipev(self) -> bool:
+        """Whether microbatches pass each process twice, on the way out and on the way back."""
+        return self.pipeline_schedule == "dualpipev"
+
+    @property
+    def last_stage(self) -> int:
+        """The stage that holds the head."""
+        return 0 if self.dualpipev else self.pp - 1
 
     @property
     def share_ranks(self) -> int:
@@ -97,17 +113,26 @@ class LayoutConfig:
             raise ConfigError(f"layout.frame_shard={self.frame_shard!r}: legal values are {', '.join(FRAME_SHARDING)}")
         if self.sp and self.tp == 1:
             raise ConfigError("layout.sp=true: splits tokens over tensor-parallel processes; set layout.tp above 1")
+        if self.pipeline_schedule not in SCHEDULES:
+            raise ConfigError(
+                f"layout.pipeline_schedule={self.pipeline_schedule!r}: legal values are {', '.join(SCHEDULES)}"
+            )
         if self.backend not in (None, "gloo", "nccl"):
             raise ConfigError(f"layout.backend={self.backend!r}: legal values are null, gloo, nccl")
 
     def _validate_pipeline(self) -> None:
         if self.vpp > 1 and self.pp == 1:
             raise ConfigError(f"layout.vpp={self.vpp}: interleaves pipeline stages; set layout.pp above 1, or vpp=1")
+        if self.dualpipev and (self.pp == 1 or self.vpp > 1):
+            raise ConfigError(
+                f"layout.pipeline_schedule=dualpipev: with layout.pp={self.pp} and layout.vpp={self.vpp} there is no "
+                "such schedule; set layout.pp above 1 and layout.vpp=1, or layout.pipeline_schedule=auto"
+            )
         if self.pipeline_split is not None:
             if len(self.pipeline_split) != self.chunks:
                 raise ConfigError(
                     f"layout.pipeline_split={list(self.pipeline_split)}: names {len(self.pipeline_split)} chunks, but "
-                    f"layout.pp={self.pp} × layout.vpp={self.vpp} makes {self.chunks}"
+                    f"layout.pp={self.pp} × {2 if self.dualpipev else self.vpp} makes {self.chunks}"
                 )
             if min(self.pipeline_split) < 0:
                 raise ConfigError(f"layout.pipeline_split={list(self.pipeline_split)}: must be numbers of at least 0")

@@ -58,7 +58,7 @@ class ParallelState:
     @property
     def last_stage(self) -> bool:
         """Holds the head."""
-        return self.pipeline_rank == self.pipeline_ranks - 1
+        return self.pipeline_rank == self.layout.last_stage
 
 
 _state: ParallelState | None = None

@@ -40,10 +40,10 @@ def stall_in_data(rank: int) -> None:
 
 def stall_in_forward(rank: int) -> None:
     """On rank 1 the third step's forward pass never ends."""
-    from moss_train.engines.megatron import _Step
+    from moss_train.engines.stages import ChunkCalls
     from moss_train.parallel.phases import activity
 
-    forward = _Step.forward
+    forward = ChunkCalls.forward
 
     def hanging(step, number, chunk):
         if rank == 1 and activity().step == 3:
@@ -51,7 +51,7 @@ def stall_in_forward(rank: int) -> None:
             hang()
         return forward(step, number, chunk)
 
-    _Step.forward = hanging
+    ChunkCalls.forward = hanging
 
 
 def stall_holding_the_interpreter(rank: int) -> None:
