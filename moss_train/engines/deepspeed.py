@@ -258,9 +258,7 @@ class DeepSpeedEngine:
             raise ValueError("a step needs at least one microbatch; give a batch without labels to stand aside")
         state = self._parallel
         tokens = self._precision.token_multiple(state.tensor_ranks, state.layout.sp)
-        batches = [
-            batch.padded(tokens).to(state.device, frames=False) for batch in self._passes.batches(microbatches)
-        ]
+        batches = [batch.padded(tokens).to(state.device, frames=False) for batch in self._passes.batches(microbatches)]
         outputs = self._passes.run(batches, self._global_normaliser(batches), training)
         summed = statistics(outputs, len(self._objective.sources)).to(state.device)
         dist.all_reduce(summed, group=state.data_group)

@@ -258,5 +258,3 @@ def _place_nothing(engine: Any, buffer_id: int) -> None:
 
 def _leave_out(engine: Any) -> None:
     pass
-
-

@@ -9,7 +9,7 @@ from torch import nn
 
 from moss_train.data.batch import Batch
 from moss_train.engines.even_work import EvenEncoder, even_microbatches, with_frames
-from moss_train.engines.frames import plans_of, received, sees_a_part
+from moss_train.engines.frames import own_share, plans_of, received, sees_a_part
 from moss_train.model.video_model import VideoModel
 from moss_train.objectives.streaming_loss import LossOutput, StreamingLoss, detached
 from moss_train.parallel.frame_gather import SharePlan, gather_over_tensor
@@ -39,7 +39,7 @@ class WholePasses:
     def batches(self, microbatches: Sequence[Batch]) -> list[Batch]:
         """See `deepspeed.Passes.batches`."""
         return [
-            with_frames(received(batch, self._parallel), self._parallel)
+            with_frames(received(batch, self._parallel), own_share(self._parallel))
             for batch in even_microbatches(microbatches, self._parallel)
         ]
 

@@ -118,9 +118,14 @@ def plans_of(microbatches: Sequence[Batch], state: ParallelState) -> list[ShareP
     return [plan_shares(batch.frame_bounds, state) for batch in microbatches]
 
 
+def own_share(state: ParallelState) -> FrameShare:
+    """Which of a microbatch's frames this process decodes and encodes."""
+    return FrameShare(state.share_rank, state.share_ranks)
+
+
 def received(batch: Batch, state: ParallelState) -> Batch:
     """The batch cut to this process's share of frames, if the loader has not done it."""
-    return batch if batch.frame_bounds else batch.share(FrameShare(state.share_rank, state.share_ranks))
+    return batch if batch.frame_bounds else batch.share(own_share(state))
 
 
 def is_of_encoder(name: str) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from moss_train.bench.equivalence.cases import Case, Problem
 from moss_train.bench.equivalence.training import train_case
-from moss_train.engines import deepspeed, even_work
+from moss_train.engines import deepspeed, deepspeed_whole, even_work
 from moss_train.model.config import RecomputeConfig
 from moss_train.parallel.config import LayoutConfig
 
@@ -129,30 +129,30 @@ def test_deepspeed_processes_may_have_unequal_numbers_of_microbatches(comparer):
 
 def train_unevenly(rank, ranks, case, path):
     """The first process gets one more microbatch, which holds nothing that is trained."""
-    original = deepspeed.even_microbatches
+    original = deepspeed_whole.even_microbatches
 
     def more(batches, state):
-        return original([*batches, *[even_work._blank(batches[0])] * (state.rank == 0)], state)
+        return original([*batches, *[even_work.blank_batch(batches[0])] * (state.rank == 0)], state)
 
-    with mock.patch.object(deepspeed, "even_microbatches", more):
+    with mock.patch.object(deepspeed_whole, "even_microbatches", more):
         return train_case(rank, ranks, case, path)
 
 
 def partial_gradients_unsummed():
     """Norms of heads, and with sequence parallelism all norms and gates, keep one tensor rank's part."""
-    original = deepspeed.sees_a_part
+    original = deepspeed_whole.sees_a_part
 
     def encoders_alone(name, parameter):
         return original(name, parameter) and not hasattr(parameter, "partial_over_tensor_group")
 
-    return mock.patch.object(deepspeed, "sees_a_part", encoders_alone)
+    return mock.patch.object(deepspeed_whole, "sees_a_part", encoders_alone)
 
 
 def encoder_gradients_unsummed():
     def others_alone(name, parameter):
         return getattr(parameter, "partial_over_tensor_group", False)
 
-    return mock.patch.object(deepspeed, "sees_a_part", others_alone)
+    return mock.patch.object(deepspeed_whole, "sees_a_part", others_alone)
 
 
 def normaliser_of_one_rank():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -88,6 +87,9 @@ SWITCHES = [
     (deepspeed(dp=2, zero=1), megatron(tp=2, cp=2)),
     (deepspeed(dp=2, zero=0), megatron(tp=2, dp=2, zero=1)),
     (deepspeed(cp=2, dp=2, zero=2), deepspeed(tp=2, zero=3)),
+    (deepspeed(pp=2, tp=2, sp=True, zero=1), megatron(pp=2, vpp=2)),
+    (megatron(dp=2), deepspeed(pp=4, zero=1)),
+    (deepspeed(dp=2, zero=3), deepspeed(pp=2, dp=2, pipeline_schedule="dualpipev")),
 ]
 
 
@@ -162,15 +164,20 @@ def _infinite_gradient():
     return forward
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_deepspeed_leaves_everything_as_it_was_when_a_step_is_not_taken(comparer, zero, precision):
-    if precision == "bf16" and not zero:
-        return  # is refused, see test_deepspeed_settings
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [
+        *[(LayoutConfig(tp=2, dp=2, zero=zero), "fp32") for zero in (0, 1, 2, 3)],
+        *[(LayoutConfig(tp=2, dp=2, zero=zero), "bf16") for zero in (1, 2, 3)],
+        (LayoutConfig(pp=2, tp=2), "fp32"),
+        (LayoutConfig(pp=2, dp=2, zero=1), "bf16"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"pp{value.pp}-zero{value.zero}",
+)
+def test_deepspeed_leaves_everything_as_it_was_when_a_step_is_not_taken(comparer, layout, precision):
     case = Case(
-        ADAMW, LayoutConfig(tp=2, dp=2, zero=zero), precision=precision, engine_name="deepspeed",
-        recompute=RecomputeConfig("selective", "none"),
-    )  # fmt: skip
+        ADAMW, layout, precision=precision, engine_name="deepspeed", recompute=RecomputeConfig("selective", "none")
+    )
     assert [wrong for wrong in comparer.ranks.run(4, skip_and_go_on, case) if wrong] == []
 
 
@@ -197,13 +204,16 @@ def scale_in_fp16(rank: int, ranks: int, case: Case, initial: float) -> list[tup
     return told
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
-def test_deepspeed_float16_scale_falls_as_megatrons(comparer, zero):
-    run = partial(comparer.ranks.run, 1, scale_in_fp16)
-    ours = Case(ADAMW, LayoutConfig(zero=zero), precision="fp16", engine_name="deepspeed")
-    theirs = Case(ADAMW, LayoutConfig(), precision="fp16")
+@pytest.mark.parametrize(
+    "layout",
+    [*[LayoutConfig(zero=zero) for zero in (1, 2, 3)], LayoutConfig(pp=2, zero=1)],
+    ids=["zero1", "zero2", "zero3", "pp2-zero1"],
+)
+def test_deepspeed_float16_scale_falls_as_megatrons(comparer, layout):
+    ours = Case(ADAMW, layout, precision="fp16", engine_name="deepspeed")
+    theirs = Case(ADAMW, LayoutConfig(pp=layout.pp), precision="fp16")
     for initial in (2.0**40, 2.0**10):
-        found, expected = run(ours, initial)[0], run(theirs, initial)[0]
+        found, expected = (comparer.ranks.run(layout.pp, scale_in_fp16, case, initial)[0] for case in (ours, theirs))
         assert [one[:3] for one in found] == [one[:3] for one in expected]
         assert found[0][3] == pytest.approx(expected[0][3], rel=3e-3)
     assert [one[4] for one in found] == pytest.approx([one[4] for one in expected], rel=2e-2)
