@@ -34,7 +34,7 @@ from moss_train.engines.even_work import EvenEncoder, even_microbatches, with_fr
 from moss_train.engines.fit import require_fit
 from moss_train.engines.frames import plans_of
 from moss_train.engines.full_tensors import Entry, collect_on_main, require_names
-from moss_train.engines.gradients import clip_to_norm, global_norm
+from moss_train.engines.gradients import clip_to_norm, global_norm, sum_as_they_arise
 from moss_train.engines.held_optimizer import held_optimizer
 from moss_train.engines.learning_rate import LearningRate
 from moss_train.engines.megatron_state import OPTIMIZER
@@ -231,17 +231,9 @@ class DeepSpeedEngine:
 
         They arise in the same order on all of them (`even_work`), before DeepSpeed takes them."""
         group = self._parallel.tensor_group
-        if group.size() == 1:
-            return
-
-        def summed(grad: torch.Tensor) -> torch.Tensor:
-            whole = grad.to(torch.float32, copy=True)
-            dist.all_reduce(whole, group=group)
-            return whole.to(grad.dtype)
-
-        for name, parameter in self._trained.items():
-            if sees_a_part(name, parameter):
-                parameter.register_hook(summed)
+        if group.size() > 1:
+            partial = [parameter for name, parameter in self._trained.items() if sees_a_part(name, parameter)]
+            sum_as_they_arise(partial, group)
 
     def _run(self, microbatches: Sequence[Batch], training: bool) -> LossFigures:
         if not microbatches:
