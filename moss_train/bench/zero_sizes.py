@@ -28,6 +28,7 @@ def scaled_sizes(parameters: int) -> dict[str, dict[str, int]]:
     of a layer does.
     """
     share = min(1.0, parameters / _MODEL)
-    sizes = {name: math.ceil(size * share) for name, size in _DEFAULTS.items()}
+    # DeepSpeed takes even buckets only.
+    sizes = {name: 2 * math.ceil(size * share / 2) for name, size in _DEFAULTS.items()}
     sizes[_PERSISTENCE] = math.ceil(_PERSISTENCE_DEFAULT * math.sqrt(share))
     return {"zero_optimization": sizes}
