@@ -12,8 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from moss_train.bench.names import model_of
 from moss_train.bench.one_layout import Shape, Work, time_only
-from moss_train.bench.parallel import model_of
 from moss_train.errors import ConfigError
 from moss_train.parallel import groups
 from moss_train.parallel.config import LayoutConfig

@@ -14,8 +14,10 @@ from moss_train.bench.equivalence.compare import Comparison, worse
 from moss_train.bench.equivalence.comparing import Comparer
 from moss_train.bench.equivalence.drawing import draw_case
 from moss_train.bench.equivalence.ranks import JobError
+from moss_train.engines.config import ENGINES
 from moss_train.errors import ConfigError
 
+BOTH = "both"
 _SHOWN = 3  #: failures of one layout that are told; the others are of the same kind
 
 
@@ -32,6 +34,8 @@ class LayoutsOptions:
     """Of the layouts, the options of their training, the weights and the data."""
     ranks: int = 8
     """Processes of the largest layout."""
+    engine: str = BOTH
+    """megatron, deepspeed, or both: which engine trains is drawn too."""
     case: str | None = None
     """One case, as a line of an earlier run shows it (JSON): that one alone is tried."""
     deadline_s: float = 180.0
@@ -44,6 +48,8 @@ class LayoutsOptions:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed}: must be at least 0")
+        if self.engine not in (BOTH, *ENGINES):
+            raise ConfigError(f"engine={self.engine}: legal values are {', '.join((BOTH, *ENGINES))}")
         if not self.deadline_s > 0:
             raise ConfigError(f"deadline_s={self.deadline_s}: must be above 0 seconds")
 
@@ -90,7 +96,8 @@ def _number(value: float) -> float | None:
 def _cases(options: LayoutsOptions) -> list[Case]:
     if options.case is None:
         rng = np.random.default_rng(options.seed)
-        return [draw_case(rng, options.ranks) for _ in range(options.samples)]
+        engines = ENGINES if options.engine == BOTH else (options.engine,)
+        return [draw_case(rng, options.ranks, engines) for _ in range(options.samples)]
     try:
         case = described(json.loads(options.case))
     except json.JSONDecodeError as error:
@@ -102,17 +109,18 @@ def _cases(options: LayoutsOptions) -> list[Case]:
 def layouts_command(options: LayoutsOptions) -> int:
     """Train small models in random layouts on forked CPU processes and compare with plain PyTorch in one process.
 
-    Layout, recompute, precision, what is trained, optimizer, packing and streams are drawn from what `moss-train train`
-    accepts. Losses, every gradient, and every weight after one and five steps are compared; `worst_…` are the largest
-    relative deviations in fp32 (weights under SGD), `….adamw` and `….bf16` those with tolerances of their own. Prints
-    one JSON line a layout, then the summary.
+    Engine, layout, recompute, precision, what is trained, optimizer, packing and streams are drawn from what
+    `moss-train train` accepts. Losses, every gradient, and every weight after one and five steps are compared;
+    `worst_…` are the largest relative deviations in fp32 (weights under SGD), `….adamw` and `….bf16` those with
+    tolerances of their own. Prints one JSON line a layout, then the summary.
     """
     console, tally = Console(stderr=True), _Tally()
     cases = _cases(options)
     with Comparer(max(case.world_size for case in cases)) as comparer:
         for number, case in enumerate(cases):
             following = cases[number + 1].problem if number + 1 < len(cases) else None
-            console.print(f"{number + 1}/{len(cases)} {case.world_size} processes {case.layout}", highlight=False)
+            told = f"{number + 1}/{len(cases)} {case.engine_name}, {case.world_size} processes {case.layout}"
+            console.print(told, highlight=False)
             began = time.monotonic()
             line: dict[str, Any] = {"case": case.describe(), "processes": case.world_size}
             try:

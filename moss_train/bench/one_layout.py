@@ -2,6 +2,7 @@
 
 import gc
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,6 +46,13 @@ class Work:
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     trainable: str = "all"  #: a preset of `model.groups`
     seed: int = 0
+    engine: str = "megatron"
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)  #: further fields of DeepSpeed's JSON
+
+    @property
+    def engine_config(self) -> EngineConfig:
+        """What the engine is told."""
+        return EngineConfig(name=self.engine, recompute=self.recompute, deepspeed=dict(self.deepspeed))
 
     @property
     def ranks(self) -> int:
@@ -54,14 +62,19 @@ class Work:
 
 @dataclass(frozen=True)
 class RankFigures:
-    """What one rank measured: everything but the time on the first step, the time on those after it."""
+    """What one rank measured: memory and bytes on one step, the time on those after it."""
 
     step_seconds: tuple[float, ...]
     memory: MemoryFigures
     foreign: int  #: live bytes that were there before the model
     sent: dict[str, float]  #: bytes by `<kind>.<operation>`
-    predicted: dict[str, float]
-    loss: float  #: of the first step
+    predicted: dict[str, float]  #: empty for deepspeed, for which there is no formula
+    losses: tuple[float, ...]  #: of every step
+
+    @property
+    def loss(self) -> float:
+        """Of the first step."""
+        return self.losses[0]
 
     @property
     def peak_memory(self) -> int:
@@ -69,27 +82,33 @@ class RankFigures:
         return self.memory.peak - self.foreign
 
 
-def measure(rank: int, ranks: int, work: Work, steps: int) -> RankFigures:
-    """A job for `equivalence.ranks.Ranks`: one step under observation, then `steps` timed ones on the same batches."""
+def measure(rank: int, ranks: int, work: Work, steps: int, unobserved: int = 0) -> RankFigures:
+    """A job for `equivalence.ranks.Ranks`: one step under observation, then `steps` timed ones on the same batches.
+
+    unobserved: steps before these, for engines whose first one is not like the others.
+    """
     gc.collect()
     with LiveTensors() as live:
         foreign = live.current
-    engine, batches, labels = prepare(work, steps)
+    engine, batches, labels = prepare(work, unobserved + steps)
+    _, first_losses = _timed(engine, batches, unobserved)
     with Traffic() as traffic:
         output, memory = measure_step(lambda: engine.train_step(batches), groups.state().device)
-    microbatches = [Microbatch(b.rows, b.ids_RT.shape[1], b.frames, n) for b, n in zip(batches, labels, strict=True)]
-    predicted = predicted_bytes(
-        work.model, work.layout, ranks, rank, microbatches, resolve_groups(work.trainable), work.recompute
-    )
-    seconds = _timed(engine, batches, steps)
-    return RankFigures(seconds, memory, foreign, dict(traffic.bytes), predicted, output.loss)
+    predicted: dict[str, float] = {}
+    if work.engine == "megatron":
+        sizes = [Microbatch(b.rows, b.ids_RT.shape[1], b.frames, n) for b, n in zip(batches, labels, strict=True)]
+        trained = resolve_groups(work.trainable)
+        predicted = predicted_bytes(work.model, work.layout, ranks, rank, sizes, trained, work.recompute)
+    seconds, losses = _timed(engine, batches, steps)
+    return RankFigures(seconds, memory, foreign, dict(traffic.bytes), predicted, (*first_losses, output.loss, *losses))
 
 
 def time_only(rank: int, ranks: int, work: Work, steps: int) -> tuple[float, ...]:
     """A job as `measure`, for the seconds alone: one step to warm up, then `steps` timed ones."""
     engine, batches, _ = prepare(work, steps)
     engine.train_step(batches)
-    return _timed(engine, batches, steps)
+    seconds, _ = _timed(engine, batches, steps)
+    return seconds
 
 
 def prepare(work: Work, steps: int) -> tuple[Engine, list[Batch], list[int]]:
@@ -98,7 +117,7 @@ def prepare(work: Work, steps: int) -> tuple[Engine, list[Batch], list[int]]:
     model = build_model(work.model, state, recompute=work.recompute, seed=work.seed)
     with torch.device("meta"):
         trained = trainable_names(whole_model(work.model, state), work.trainable)
-    engine = build_engine(EngineConfig(recompute=work.recompute))
+    engine = build_engine(work.engine_config)
     objective = StreamingLoss(ObjectiveConfig(), silence_id=_SILENCE)
     engine.setup(model, trained, OptimConfig(lr=1e-4), objective, total_steps=steps + 1)
 
@@ -110,14 +129,16 @@ def prepare(work: Work, steps: int) -> tuple[Engine, list[Batch], list[int]]:
     return engine, batches, labels
 
 
-def _timed(engine: Engine, batches: list[Batch], steps: int) -> tuple[float, ...]:
-    seconds = []
+def _timed(engine: Engine, batches: list[Batch], steps: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Seconds and losses of `steps` steps."""
+    seconds, losses = [], []
     for _ in range(steps):
         torch.distributed.barrier()
         began = time.perf_counter()
-        engine.train_step(batches)
+        output = engine.train_step(batches)
         seconds.append(time.perf_counter() - began)
-    return tuple(seconds)
+        losses.append(output.loss)
+    return tuple(seconds), tuple(losses)
 
 
 def own_frames(batch: Batch, state: groups.ParallelState) -> Batch:

@@ -269,6 +269,12 @@ class _Process:
         self.add("control", "all_reduce", _FP32, of_one_copy * (self.data_ranks * layout.cp if layout.zero else 1))
 
 
+def parameter_count(model: ModelConfig) -> int:
+    """Parameters of the whole model."""
+    alone = LayoutConfig()
+    return sum(one.size for one in held_parameters(model, part_of(model, alone, 0), alone))
+
+
 def held_parameters(model: ModelConfig, part: ModelPart, layout: LayoutConfig) -> Iterator[Parameter]:
     """Every parameter of what a process of `layout` holds of the model."""
     text, tp, sp = model.text, layout.tp, layout.sp

@@ -36,6 +36,7 @@ KINDS: dict[str, str] = {
     "megatron.core.pipeline_parallel": "pipeline",
     "megatron.core.distributed": "data",
     "megatron.core.optimizer": "control",
+    "deepspeed": "data",
     "moss_train.parallel.frame_gather": "frames",
     "moss_train.parallel": "control",
     "moss_train.model.frame_parallel": "cross_attention",

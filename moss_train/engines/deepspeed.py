@@ -235,8 +235,8 @@ class DeepSpeedEngine:
             if 0 not in self._shapes[name]
         }
         for name, parameter in self._trained.items():
-            if parameter.numel():
-                members[self._group_of[name], parameter.dim() > 1].append(parameter)
+            if 0 not in self._shapes[name]:
+                members[self._group_of[name], len(self._shapes[name]) > 1].append(parameter)
         placeholders = {key: self._placeholder() for key, held in members.items() if not held}
         groups_of_all = [
             {

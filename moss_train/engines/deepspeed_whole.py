@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from moss_train.data.batch import Batch
 from moss_train.engines.even_work import EvenEncoder, even_microbatches, with_frames
 from moss_train.engines.frames import own_share, plans_of, received, sees_a_part
+from moss_train.engines.gradients import sum_as_they_arise
 from moss_train.model.video_model import VideoModel
 from moss_train.objectives.streaming_loss import LossOutput, StreamingLoss, detached
 from moss_train.parallel.frame_gather import SharePlan, gather_over_tensor
@@ -73,17 +73,8 @@ class WholePasses:
 
         They arise in the same order on all of them (`even_work`), before DeepSpeed takes them."""
         group = self._parallel.tensor_group
-        if group.size() == 1:
-            return
-
-        def summed(grad: torch.Tensor) -> torch.Tensor:
-            whole = grad.to(torch.float32, copy=True)
-            dist.all_reduce(whole, group=group)
-            return whole.to(grad.dtype)
-
-        for name, parameter in trained.items():
-            if sees_a_part(name, parameter):
-                parameter.register_hook(summed)
+        if group.size() > 1:
+            sum_as_they_arise([one for name, one in trained.items() if sees_a_part(name, one)], group)
 
 
 class _Encode:

@@ -40,6 +40,19 @@ def sum_partial_gradients(chunks: Iterable[DistributedDataParallel], state: Para
     add_up(grads, state.tensor_group)
 
 
+def sum_as_they_arise(parameters: Iterable[torch.nn.Parameter], group: dist.ProcessGroup) -> None:
+    """From now on, add up gradients of `parameters` over `group` as a backward pass makes them, in float32. They must
+    arise in the same order on all its processes."""
+
+    def summed(grad: torch.Tensor) -> torch.Tensor:
+        whole = grad.to(torch.float32, copy=True)
+        dist.all_reduce(whole, group=group)
+        return whole.to(grad.dtype)
+
+    for parameter in parameters:
+        parameter.register_hook(summed)
+
+
 def sum_encoder_gradients(encoder: DistributedDataParallel, state: ParallelState) -> None:
     """Add up what the encoding processes of one copy of the model contributed."""
     group = state.model_group if state.layout.sharding == "model_parallel" else state.tensor_group

@@ -70,6 +70,23 @@ def test_the_same_seed_draws_the_same_layouts():
     assert layouts._cases(options) == layouts._cases(options) != layouts._cases(layouts.LayoutsOptions(samples=5))
 
 
+def test_cases_of_deepspeed_have_every_stage_and_are_accepted():
+    cases = layouts._cases(layouts.LayoutsOptions(samples=40, seed=2, engine="deepspeed"))
+    assert {case.engine_name for case in cases} == {"deepspeed"}
+    assert {case.layout.zero for case in cases} == {0, 1, 2, 3}
+    assert {case.layout.tp for case in cases} == {1, 2} == {case.layout.sp + 1 for case in cases}
+    for case in cases:
+        case.check()
+
+
+def test_the_engine_is_drawn_or_chosen():
+    def engines(engine: str) -> set[str]:
+        return {case.engine_name for case in layouts._cases(layouts.LayoutsOptions(samples=12, engine=engine))}
+
+    assert engines("both") == {"megatron", "deepspeed"}
+    assert engines("megatron") == {"megatron"}
+
+
 def test_a_printed_case_can_be_tried_again():
     case = layouts._cases(layouts.LayoutsOptions(samples=1, seed=5))[0]
     assert layouts._cases(layouts.LayoutsOptions(case=json.dumps(case.describe()))) == [case]
@@ -81,6 +98,7 @@ def test_a_printed_case_can_be_tried_again():
         ({"samples": 0}, "samples=0"),
         ({"ranks": 0}, "ranks=0"),
         ({"seed": -1}, "seed=-1"),
+        ({"engine": "torch"}, "engine=torch"),
         ({"deadline_s": 0.0}, "deadline_s=0.0"),
     ],
 )

@@ -6,10 +6,12 @@ import json
 import pytest
 
 from moss_train.bench import parallel
+from moss_train.bench.against_one import bytes_error
 from moss_train.bench.equivalence.cases import Problem
 from moss_train.bench.equivalence.ranks import Ranks
+from moss_train.bench.names import ONE, named_layout
 from moss_train.bench.one_layout import Shape, Work, measure
-from moss_train.bench.parallel import ONE, by_kind, bytes_error, judge, named_layout
+from moss_train.bench.parallel import by_kind, judge
 from moss_train.bench.predicted import held_parameters
 from moss_train.cli import main
 from moss_train.cli_options import parse_options
@@ -152,7 +154,7 @@ def test_the_verdict(ranks):
     sent_more = dataclasses.replace(found["tp2"][1], sent=found["tp2"][1].sent | {"tensor.all_reduce": 1.0})
     assert bytes_error(sent_more) > 0.9
     kept_more = dataclasses.replace(
-        found["recompute_layers"][0], memory=found[ONE][0].memory, loss=found[ONE][0].loss + 1e-3
+        found["recompute_layers"][0], memory=found[ONE][0].memory, losses=(found[ONE][0].loss + 1e-3,)
     )
     bad = judge(found | {"tp2": [found["tp2"][0], sent_more], "recompute_layers": [kept_more]}, {})
     assert not bad["ok"]
