@@ -11,7 +11,7 @@ Megatron engine.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from moss_train.parallel import groups  # first: installs the CPU seam before megatron is imported
@@ -29,11 +29,12 @@ from moss_train.engines.deepspeed_library import initialize
 from moss_train.engines.deepspeed_settings import deepspeed_settings
 from moss_train.engines.deepspeed_shards import Shards
 from moss_train.engines.deepspeed_state import DeepSpeedState
+from moss_train.engines.deepspeed_store import SharedParameters
 from moss_train.engines.engine_rules import check_engine, check_optimizer
 from moss_train.engines.even_work import EvenEncoder, even_microbatches, with_frames
 from moss_train.engines.fit import require_fit
 from moss_train.engines.frames import plans_of
-from moss_train.engines.full_tensors import Entry, collect_on_main, require_names
+from moss_train.engines.full_tensors import Entry, stream_to_main
 from moss_train.engines.gradients import clip_to_norm, global_norm
 from moss_train.engines.held_optimizer import held_optimizer
 from moss_train.engines.learning_rate import LearningRate
@@ -61,6 +62,11 @@ class DeepSpeedEngine:
 
     def __init__(self, config: EngineConfig):
         self._config = config
+
+    def parameter_store(self) -> SharedParameters | None:
+        """See `protocol.Engine.parameter_store`."""
+        state = groups.state()
+        return SharedParameters(self._config, state) if state.layout.zero == 3 else None
 
     def setup(
         self,
@@ -179,7 +185,11 @@ class DeepSpeedEngine:
 
     def whole_weights(self) -> dict[str, torch.Tensor]:
         """See `protocol.Engine.whole_weights`."""
-        return self._collect(self._weight_entries(), self.expected_shapes(optimizer=False))
+        return dict(self.each_weight())
+
+    def each_weight(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See `protocol.Engine.each_weight`."""
+        return stream_to_main(self._weight_entries(), self._parallel, self.expected_shapes(optimizer=False))
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """See `protocol.Engine.gradients`."""
@@ -218,8 +228,10 @@ class DeepSpeedEngine:
         """One optimizer group for each parameter group, halved into matrices and the rest, which must not decay."""
         members: dict[tuple[str, bool], list[nn.Parameter]] = {}
         for name, parameter in self._trained.items():
-            if parameter.numel():
-                members.setdefault((self._group_of[name], parameter.dim() > 1), []).append(parameter)
+            # Not the parameter's own, of which ZeRO 3 may have left nothing.
+            shape = self._shapes[name]
+            if 0 not in shape:
+                members.setdefault((self._group_of[name], len(shape) > 1), []).append(parameter)
         return [
             {"params": members[key], "group": key[0], "weight_decay": self._optim.weight_decay if key[1] else 0.0}
             for key in sorted(members)
@@ -311,10 +323,7 @@ class DeepSpeedEngine:
         return rates
 
     def _collect(self, entries: list[Entry], names) -> dict[str, torch.Tensor]:
-        tensors = collect_on_main(entries, self._parallel)
-        if self._parallel.is_main:
-            require_names(tensors, names)
-        return tensors
+        return dict(stream_to_main(entries, self._parallel, names))
 
     def _weight_entries(self) -> list[Entry]:
         return [

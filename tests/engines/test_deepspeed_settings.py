@@ -59,13 +59,25 @@ def test_what_is_passed_on_joins_what_is_ours():
         ({"zero_optimisation": {}}, r"engine\.deepspeed\.zero_optimisation: legal names are .*zero_optimization"),
         ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, r"zenflow=.*transposes the weights"),
         ({"zero_optimization": {"zero_quantized_weights": True}}, r"zero_quantized_weights=True: needs CUDA"),
-        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, r"offload_param\.device='nvme'.*cpu or none"),
+        ({"zero_optimization": {"zero_quantized_nontrainable_weights": True}}, r"8 bits of frozen weights"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, r"_param\.device='cpu': needs layout\.zero=3"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, r"device='nvme': needs layout\.zero=3"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "disk"}}}, r"device='disk': legal values are none"),
         ({"zero_optimization": 3}, r"zero_optimization=3: must be an object"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_passed_on(passed, message):
     with pytest.raises(ConfigError, match=message):
         check_settings(config(passed), LayoutConfig(zero=2), "bf16", cuda=False)
+
+
+def test_what_lies_on_a_disk_needs_a_folder():
+    offloaded = {"device": "nvme"}
+    passed = {"zero_optimization": {"offload_optimizer": offloaded}}
+    with pytest.raises(ConfigError, match=r"offload_optimizer\.nvme_path: must be a folder"):
+        check_settings(config(passed), LayoutConfig(zero=3), "bf16")
+    offloaded["nvme_path"] = "/local/run"
+    check_settings(config(passed), LayoutConfig(zero=3), "bf16")
 
 
 @pytest.mark.parametrize(
