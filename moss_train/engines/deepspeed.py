@@ -11,6 +11,7 @@ Megatron engine.
 """
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -115,6 +116,8 @@ class DeepSpeedEngine:
         # Some of DeepSpeed's optimizers take a step with zero gradients when they start.
         self._optimizer.held = True
         self._engine = initialize(_Step(model, self._parallel), self._optimizer, self._settings, self._parallel)
+        # Its hooks on the parameters keep it, and the model, alive for good otherwise: Python sees no such cycle.
+        weakref.finalize(self, self._engine.destroy).atexit = False
         self._shards = Shards(self._engine, self._optimizer, layout.zero)
         self._optimizer.state.clear()
         self._optimizer.initialise(self._shards.stepped())

@@ -1,8 +1,8 @@
-"""What ZeRO 3 keeps on a disk (`offload_optimizer.device=nvme`, `offload_param.device=nvme`), as tensors.
+"""The optimizer state that ZeRO 3 keeps on a disk (`offload_optimizer.device=nvme`), as tensors.
 
-DeepSpeed reads and writes its files itself, a group of optimizer state or a parameter at a time, and only in a step.
+DeepSpeed reads and writes its files itself, a group of parameters' state at a time, and only in a step.
 Between steps each file holds one tensor as it is in memory. So it is mapped: reading one block of it, or loading one
-into it, needs no room for the rest. Files of which DeepSpeed has no use yet (small tensors) are not there.
+into it, needs no room for the rest.
 """
 
 import os
@@ -10,6 +10,22 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+
+
+def keep_gradients_in_memory(zero: Any) -> None:
+    """DeepSpeed 0.19.8 reads gradients into the middle of a buffer, past the system's cache. Unless that place is a
+    multiple of 512 bytes, nothing is read, and nothing is said. So they stay in the host's memory, where they are in
+    any case: they are summed there."""
+    swapper = zero.optimizer_swapper
+    if swapper is None:
+        return
+
+    def keep(parameter: torch.Tensor, gradient_offsets: list[int], gradient_tensors: list[torch.Tensor]) -> None:
+        info = swapper.swap_params_info.get(parameter.ds_id)
+        if info is not None:
+            info.unswapped_gradients.update(zip(gradient_offsets, gradient_tensors, strict=True))
+
+    swapper.swap_out_gradients = keep
 
 
 def brought_in(zero: Any) -> Iterator[torch.Tensor]:
@@ -34,30 +50,16 @@ def readable(zero: Any, flat: torch.Tensor, tensors: Mapping[str, torch.Tensor])
     return {name: _mapped(paths[id(tensor)], swapped.numel(), flat.dtype) for name, tensor in tensors.items()}
 
 
-def readable_run(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """This process's run of a parameter, flat: itself, or the file that holds it."""
-    run = parameter.ds_tensor
-    if _lies_on_disk(parameter):
-        return _mapped(parameter.nvme_swapper.get_path(parameter, must_exist=True), run.ds_numel, parameter.dtype)
-    return run.detach().view(-1)
-
-
 def write_through(zero: Any) -> None:
     """Have what was written into the files on the disk: DeepSpeed reads past the system's cache."""
     swapper = zero.optimizer_swapper
     infos = [] if swapper is None else swapper.swap_params_info.values()
-    paths = [context.swap_path for info in infos for context in info.tensors]
-    paths += [one.nvme_swapper.get_path(one, must_exist=True) for one in zero.module.parameters() if _lies_on_disk(one)]
-    for path in paths:
+    for path in [context.swap_path for info in infos for context in info.tensors]:
         file = os.open(path, os.O_RDWR)
         try:
             os.fsync(file)
         finally:
             os.close(file)
-
-
-def _lies_on_disk(parameter: torch.nn.Parameter) -> bool:
-    return parameter.ds_tensor.status.name == "NOT_AVAILABLE"
 
 
 def _mapped(path: str, elements: int, dtype: torch.dtype) -> torch.Tensor:

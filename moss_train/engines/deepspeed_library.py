@@ -5,6 +5,7 @@ The only module that imports DeepSpeed, and only when an engine is set up with i
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import io
 import logging
@@ -80,6 +81,7 @@ def sharer(
     """What makes ZeRO 3 share out parameters of `dtype` over the data-parallel processes, each process keeping a run of
     each of them. Collective. For parameters of a module that `initialize` gets later, with the same settings."""
     library = _prepared(settings, state)
+    _forget_modules()
     _forget_parameters()
     adapter = GroupAdapter(state)
     init = library.zero.Init(
@@ -175,10 +177,17 @@ def _attach(library: Any) -> None:
 def _forget_modules() -> None:
     """ZeRO-3 numbers modules on through the life of a process, compares the numbers between processes, which may have
     had other engines before, and keeps hold of the last one's module. Only one engine lives at a time."""
-    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
+    coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+    # A cache of a method's results, whose keys are an engine's modules; it lies in the closure of another decorator.
+    cached = coordinator._PartitionedParameterCoordinator__params_to_release
+    while not hasattr(cached, "cache_clear"):
+        cached = next(cell.cell_contents for cell in cached.__closure__ if callable(cell.cell_contents))
+    cached.cache_clear()
     parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
     parameter_offload.FWD_MODULE_STACK.clear()
+    gc.collect()  # that module lies in reference cycles
 
 
 def _forget_parameters() -> None:

@@ -132,6 +132,13 @@ def _check_zero(zero: Any, stage: int, cuda: bool) -> None:
             raise ConfigError(f"{where}.{part}.device={device!r}: legal values are none, cpu, nvme")
         if device != "none" and part == "offload_param" and stage != 3:
             raise ConfigError(f"{where}.{part}.device={device!r}: needs layout.zero=3, which shares out parameters")
+        if device == "nvme" and part == "offload_param":
+            raise ConfigError(
+                f"{where}.{part}.device='nvme': parameters read back from a disk do not fit their gathering in "
+                "DeepSpeed 0.19.8; set cpu, or offload_optimizer.device=nvme"
+            )
+        if device == "nvme" and offload.get("fast_init"):
+            raise ConfigError(f"{where}.{part}.fast_init=true: reads past the ends of blocks of a disk; remove it")
         if device == "nvme" and stage != 3:
             raise ConfigError(f"{where}.{part}.device='nvme': needs layout.zero=3; set that, or cpu")
         if device == "nvme" and not offload.get("nvme_path"):

@@ -33,6 +33,8 @@ class Shards:
     def __init__(self, engine: Any, optimizer: HeldAdamW | HeldSGD, stage: int):
         """`optimizer`: the one inside of DeepSpeed's."""
         self._zero, self._optimizer, self._stage = engine.optimizer, optimizer, stage
+        if stage == 3:
+            deepspeed_disk.keep_gradients_in_memory(self._zero)
 
     def stepped(self) -> Iterator[torch.Tensor]:
         """The tensors that the optimizer inside updates; one that lies on a disk is in memory until the next is given,
@@ -68,7 +70,7 @@ class Shards:
         if self._stage < 3:
             return HeldState({MAIN: parameter.detach().view(-1)}, 0, parameter.numel())
         start, end = own_run(parameter)
-        return HeldState({MAIN: deepspeed_disk.readable_run(parameter)[: end - start]}, start, end)
+        return HeldState({MAIN: parameter.ds_tensor.detach().view(-1)[: end - start]}, start, end)
 
     def gathered(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
         """The whole parameter (of this tensor-parallel rank) that ZeRO 3 keeps on every process because it is small;

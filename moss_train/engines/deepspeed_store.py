@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from moss_train.engines import deepspeed_disk
 from moss_train.engines.config import EngineConfig
 from moss_train.engines.deepspeed_library import is_shared, sharer
 from moss_train.engines.deepspeed_settings import deepspeed_settings
@@ -35,4 +34,4 @@ class SharedParameters:
         """Each process copies its own run: nothing is sent."""
         if is_shared(parameter):
             start, end = own_run(parameter)
-            deepspeed_disk.readable_run(parameter)[: end - start].copy_(weight.reshape(-1)[start:end])
+            parameter.ds_tensor[: end - start].copy_(weight.reshape(-1)[start:end])

@@ -62,6 +62,7 @@ def test_what_is_passed_on_joins_what_is_ours():
         ({"zero_optimization": {"zero_quantized_nontrainable_weights": True}}, r"8 bits of frozen weights"),
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, r"_param\.device='cpu': needs layout\.zero=3"),
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, r"device='nvme': needs layout\.zero=3"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, r"offload_param\.device='nvme': "),
         ({"zero_optimization": {"offload_optimizer": {"device": "disk"}}}, r"device='disk': legal values are none"),
         ({"zero_optimization": 3}, r"zero_optimization=3: must be an object"),
     ],
