@@ -26,7 +26,7 @@ from torch import nn
 from moss_train.data.batch import Batch, FrameShare
 from moss_train.engines import loss_scale, optimizer_state
 from moss_train.engines.config import EngineConfig, OptimConfig
-from moss_train.engines.deepspeed_library import initialize
+from moss_train.engines.deepspeed_library import initialize, remove_hooks
 from moss_train.engines.deepspeed_settings import deepspeed_settings
 from moss_train.engines.deepspeed_shards import Shards
 from moss_train.engines.deepspeed_state import DeepSpeedState
@@ -117,7 +117,7 @@ class DeepSpeedEngine:
         self._optimizer.held = True
         self._engine = initialize(_Step(model, self._parallel), self._optimizer, self._settings, self._parallel)
         # Its hooks on the parameters keep it, and the model, alive for good otherwise: Python sees no such cycle.
-        weakref.finalize(self, self._engine.destroy).atexit = False
+        weakref.finalize(self, remove_hooks, self._engine).atexit = False
         self._shards = Shards(self._engine, self._optimizer, layout.zero)
         self._optimizer.state.clear()
         self._optimizer.initialise(self._shards.stepped())

@@ -75,6 +75,13 @@ def initialize(
     return engine
 
 
+def remove_hooks(engine: Any) -> None:
+    """Take an engine's hooks off its parameters. Its own `destroy` does more, and needs process groups, which may be
+    gone when an engine ends."""
+    for hook in getattr(engine.optimizer, "_grad_acc_hooks", ()):
+        hook.remove()
+
+
 def sharer(
     dtype: torch.dtype, settings: dict[str, Any], state: ParallelState
 ) -> Callable[[list[torch.nn.Parameter]], None]:
