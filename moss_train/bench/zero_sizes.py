@@ -1,14 +1,14 @@
-"""DeepSpeed's sizes, made to fit a small model.
+"""The sizes that DeepSpeed gets, made to fit a small model.
 
 Buckets, prefetch and what ZeRO 3 leaves gathered are set in elements, with defaults for models of billions: a bucket of
-500 million float32 numbers would be most of the memory of a model with 100 million, and ZeRO 3 would never let go of a
+50 million float32 numbers would be half the memory of a model with 100 million, and ZeRO 3 would never let go of a
 weight. Scaled, they are to the model what the defaults are to the 11B.
 """
 
 import math
 
 _DEFAULTS = {
-    "reduce_bucket_size": 500_000_000,
+    "reduce_bucket_size": 50_000_000,
     "allgather_bucket_size": 500_000_000,
     "stage3_prefetch_bucket_size": 50_000_000,
     "stage3_max_live_parameters": 1_000_000_000,

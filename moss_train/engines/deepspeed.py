@@ -14,6 +14,7 @@ How microbatches pass through the model is a matter of their own: `deepspeed_who
 """
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -28,15 +29,16 @@ from torch import nn
 from moss_train.data.batch import Batch
 from moss_train.engines import loss_scale, optimizer_state
 from moss_train.engines.config import EngineConfig, OptimConfig
-from moss_train.engines.deepspeed_library import initialize, load
+from moss_train.engines.deepspeed_library import initialize, load, remove_hooks
 from moss_train.engines.deepspeed_settings import deepspeed_settings
 from moss_train.engines.deepspeed_shards import Shards
 from moss_train.engines.deepspeed_state import DeepSpeedState
+from moss_train.engines.deepspeed_store import SharedParameters
 from moss_train.engines.deepspeed_whole import WholePasses
 from moss_train.engines.engine_rules import check_engine, check_optimizer
 from moss_train.engines.fit import require_fit
 from moss_train.engines.frames import is_of_encoder
-from moss_train.engines.full_tensors import Entry, collect_on_main, require_names
+from moss_train.engines.full_tensors import Entry, stream_to_main
 from moss_train.engines.gradients import clip_to_norm, global_norm
 from moss_train.engines.held_optimizer import held_optimizer
 from moss_train.engines.learning_rate import LearningRate
@@ -63,6 +65,11 @@ class DeepSpeedEngine:
 
     def __init__(self, config: EngineConfig):
         self._config = config
+
+    def parameter_store(self) -> SharedParameters | None:
+        """See `protocol.Engine.parameter_store`."""
+        state = groups.state()
+        return SharedParameters(self._config, state) if state.layout.zero == 3 else None
 
     def setup(
         self,
@@ -111,6 +118,8 @@ class DeepSpeedEngine:
         # Some of DeepSpeed's optimizers take a step with zero gradients when they start.
         self._optimizer.held = True
         self._engine = initialize(self._passes.module, self._optimizer, self._settings, self._parallel)
+        # Its hooks on the parameters keep it, and the model, alive for good otherwise: Python sees no such cycle.
+        weakref.finalize(self, remove_hooks, self._engine).atexit = False
         self._passes.attach(self._engine)
         self._shards = Shards(self._engine, self._optimizer, layout.zero)
         self._optimizer.state.clear()
@@ -180,7 +189,11 @@ class DeepSpeedEngine:
 
     def whole_weights(self) -> dict[str, torch.Tensor]:
         """See `protocol.Engine.whole_weights`."""
-        return self._collect(self._weight_entries(), self.expected_shapes(optimizer=False))
+        return dict(self.each_weight())
+
+    def each_weight(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See `protocol.Engine.each_weight`."""
+        return stream_to_main(self._weight_entries(), self._parallel, self.expected_shapes(optimizer=False))
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """See `protocol.Engine.gradients`."""
@@ -235,8 +248,10 @@ class DeepSpeedEngine:
             if 0 not in self._shapes[name]
         }
         for name, parameter in self._trained.items():
-            if 0 not in self._shapes[name]:
-                members[self._group_of[name], len(self._shapes[name]) > 1].append(parameter)
+            # Not the parameter's own, of which ZeRO 3 may have left nothing.
+            shape = self._shapes[name]
+            if 0 not in shape:
+                members[self._group_of[name], len(shape) > 1].append(parameter)
         placeholders = {key: self._placeholder() for key, held in members.items() if not held}
         groups_of_all = [
             {
@@ -310,10 +325,7 @@ class DeepSpeedEngine:
         return rates
 
     def _collect(self, entries: list[Entry], names) -> dict[str, torch.Tensor]:
-        tensors = collect_on_main(entries, self._parallel)
-        if self._parallel.is_main:
-            require_names(tensors, names)
-        return tensors
+        return dict(stream_to_main(entries, self._parallel, names))
 
     def _weight_entries(self) -> list[Entry]:
         return [

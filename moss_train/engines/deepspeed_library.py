@@ -4,17 +4,22 @@ DeepSpeed is imported here and in `deepspeed_pipeline`, and only when an engine 
 """
 
 import contextlib
+import ctypes
+import gc
 import importlib
 import io
 import logging
 import os
+import shutil
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from moss_train.engines.deepspeed_groups import OwnGroups
+from moss_train.engines.deepspeed_settings import fields_on_disk
 from moss_train.errors import ConfigError
 from moss_train.parallel import groups
 from moss_train.parallel.groups import ParallelState
@@ -24,11 +29,10 @@ def initialize(
     module: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], state: ParallelState
 ) -> Any:
     """DeepSpeed's engine around `module`, with `settings` as its JSON. ConfigError when it is not installed."""
-    library = load()
-    _attach(library)
+    library = _prepared(settings, state)
     _forget_modules()
-    # It reads from the environment, then and later, which device is this process's; torchrun alone sets that.
-    os.environ.setdefault("LOCAL_RANK", str(state.device.index or 0))
+    if not any(map(is_shared, module.parameters())):
+        _forget_parameters()
     # A pipeline's module brings its own.
     own_groups = OwnGroups(state) if state.pipeline_ranks == 1 else None
     # Its bfloat16 optimizer prints how much memory there is, group by group.
@@ -37,6 +41,46 @@ def initialize(
             model=module, optimizer=optimizer, config=settings, mpu=own_groups, dist_init_required=False
         )
     return engine
+
+
+def remove_hooks(engine: Any) -> None:
+    """Take an engine's hooks off its parameters. Its own `destroy` does more, and needs process groups, which may be
+    gone when an engine ends."""
+    for hook in getattr(engine.optimizer, "_grad_acc_hooks", ()):
+        hook.remove()
+
+
+def sharer(
+    dtype: torch.dtype, settings: dict[str, Any], state: ParallelState
+) -> Callable[[list[torch.nn.Parameter]], None]:
+    """What makes ZeRO 3 share out parameters of `dtype` over the data-parallel processes, each process keeping a run of
+    each of them. Collective. For parameters of a module that `initialize` gets later, with the same settings."""
+    library = _prepared(settings, state)
+    _forget_modules()
+    _forget_parameters()
+    own_groups = OwnGroups(state)
+    init = library.zero.Init(
+        data_parallel_group=own_groups.get_data_parallel_group(),
+        dtype=dtype,
+        config_dict_or_path=settings,
+        mpu=own_groups,
+    )
+    return init._convert_to_zero_parameters
+
+
+def is_shared(parameter: torch.nn.Parameter) -> bool:
+    """Whether ZeRO 3 has shared a parameter out, so that this process holds a run of it."""
+    return hasattr(parameter, "ds_id")
+
+
+def _prepared(settings: dict[str, Any], state: ParallelState) -> Any:
+    library = load()
+    if on_disk := fields_on_disk(settings):
+        _load_disk_access(on_disk[0])
+    _attach(library)
+    # It reads from the environment, then and later, which device is this process's; torchrun alone sets that.
+    os.environ.setdefault("LOCAL_RANK", str(state.device.index or 0))
+    return library
 
 
 def load() -> Any:
@@ -66,6 +110,31 @@ def load() -> Any:
     return deepspeed
 
 
+def disk_access_problem() -> str | None:
+    """What this machine lacks to compile DeepSpeed's `async_io`, which reads and writes what lies on a disk."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    for program in (os.environ.get("CXX", "c++"), "ninja"):
+        if shutil.which(program) is None:
+            return program
+    return None if AsyncIOBuilder().is_compatible(verbose=False) else "libaio with its headers (Debian: libaio-dev)"
+
+
+def _load_disk_access(field: str) -> None:
+    """The one part of DeepSpeed that is compiled: on the machine, when it is first wanted."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if missing := disk_access_problem():
+        raise ConfigError(f"{field}: DeepSpeed compiles async_io for it, which needs {missing}; install it, or set cpu")
+    if not torch.cuda.is_available():
+        # Without CUDA it is not linked with what it needs.
+        ctypes.CDLL("libaio.so.1", mode=ctypes.RTLD_GLOBAL)
+    try:
+        AsyncIOBuilder().load(verbose=False)
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(f"{field}: DeepSpeed's async_io cannot be compiled ({error}); set cpu") from error
+
+
 def _is_news(record: logging.LogRecord) -> bool:
     return "untested optimizer" not in record.getMessage()
 
@@ -85,13 +154,25 @@ def _attach(library: Any) -> None:
 
 
 def _forget_modules() -> None:
-    """ZeRO-3 numbers modules and parameters on through the life of a process, compares the numbers between processes,
-    which may have had other engines before, and keeps hold of the last one's module. Only one engine lives at a time.
-    """
-    from deepspeed.runtime.zero import parameter_offload, partition_parameters
+    """ZeRO-3 numbers modules on through the life of a process, compares the numbers between processes, which may have
+    had other engines before, and keeps hold of the last one's module. Only one engine lives at a time."""
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
+    coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+    # A cache of a method's results, whose keys are an engine's modules; it lies in the closure of another decorator.
+    cached = coordinator._PartitionedParameterCoordinator__params_to_release
+    while not hasattr(cached, "cache_clear"):
+        cached = next(cell.cell_contents for cell in cached.__closure__ if callable(cell.cell_contents))
+    cached.cache_clear()
     parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
     parameter_offload.FWD_MODULE_STACK.clear()
+    gc.collect()  # that module lies in reference cycles
+
+
+def _forget_parameters() -> None:
+    """It numbers parameters in the same way."""
+    from deepspeed.runtime.zero import partition_parameters
+
     partition_parameters.Init.param_id = 0
 
 

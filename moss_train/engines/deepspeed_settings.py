@@ -58,11 +58,14 @@ _BROKEN = {
     "cpu_offload": "is DeepSpeed's old name; set offload_optimizer.device=cpu",
     "cpu_offload_param": "is DeepSpeed's old name; set offload_param.device=cpu",
     "leaf_module": "makes gradients of a layer come in another order; leave it out",
+    "zero_quantized_nontrainable_weights": "keeps 8 bits of frozen weights, which checkpoints must hold in full",
     "elastic_checkpoint": "checkpoints are written in our own format; leave it out",
 }
 
 #: Those that need CUDA.
-_CUDA_ONLY = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+_CUDA_ONLY = ("zero_quantized_weights", "zero_quantized_gradients")
+
+_OFFLOADS = ("offload_optimizer", "offload_param")
 
 
 def deepspeed_settings(engine: EngineConfig, layout: LayoutConfig, precision: str, clip: float) -> Settings:
@@ -97,10 +100,20 @@ def check_settings(engine: EngineConfig, layout: LayoutConfig, precision: str, c
                 f"engine.deepspeed.{section}: means nothing with precision={precision}; set precision={section}, or "
                 "remove it"
             )
-    _check_zero(passed.get("zero_optimization", {}), torch.cuda.is_available() if cuda is None else cuda)
+    _check_zero(passed.get("zero_optimization", {}), layout.zero, torch.cuda.is_available() if cuda is None else cuda)
 
 
-def _check_zero(zero: Any, cuda: bool) -> None:
+def fields_on_disk(settings: Settings) -> list[str]:
+    """The fields that have DeepSpeed keep something on a disk."""
+    zero = settings.get("zero_optimization") or {}
+    return [
+        f"engine.deepspeed.zero_optimization.{part}.device=nvme"
+        for part in _OFFLOADS
+        if (zero.get(part) or {}).get("device") == "nvme"
+    ]
+
+
+def _check_zero(zero: Any, stage: int, cuda: bool) -> None:
     where = "engine.deepspeed.zero_optimization"
     if not isinstance(zero, Mapping):
         raise ConfigError(f"{where}={zero!r}: must be an object of fields")
@@ -110,15 +123,28 @@ def _check_zero(zero: Any, cuda: bool) -> None:
     for name in _CUDA_ONLY:
         if zero.get(name) and not cuda:
             raise ConfigError(f"{where}.{name}={zero[name]!r}: needs CUDA, which there is none of; remove it")
-    for part in ("offload_optimizer", "offload_param"):
+    if zero.get("allgather_bucket_size", 0) % 2:
+        raise ConfigError(f"{where}.allgather_bucket_size={zero['allgather_bucket_size']!r}: must be even")
+    for part in _OFFLOADS:
         offload = zero.get(part) or {}
         if not isinstance(offload, Mapping):
             raise ConfigError(f"{where}.{part}={offload!r}: must be an object with a device")
-        if offload.get("device", "none") not in ("none", "cpu"):
+        device = offload.get("device", "none")
+        if device not in ("none", "cpu", "nvme"):
+            raise ConfigError(f"{where}.{part}.device={device!r}: legal values are none, cpu, nvme")
+        if device != "none" and part == "offload_param" and stage != 3:
+            raise ConfigError(f"{where}.{part}.device={device!r}: needs layout.zero=3, which shares out parameters")
+        if device == "nvme" and part == "offload_param":
             raise ConfigError(
-                f"{where}.{part}.device={offload['device']!r}: checkpoints cannot hold what lies on a disk; set cpu "
-                "or none"
+                f"{where}.{part}.device='nvme': parameters read back from a disk do not fit their gathering in "
+                "DeepSpeed 0.19.8; set cpu, or offload_optimizer.device=nvme"
             )
+        if device == "nvme" and offload.get("fast_init"):
+            raise ConfigError(f"{where}.{part}.fast_init=true: reads past the ends of blocks of a disk; remove it")
+        if device == "nvme" and stage != 3:
+            raise ConfigError(f"{where}.{part}.device='nvme': needs layout.zero=3; set that, or cpu")
+        if device == "nvme" and not offload.get("nvme_path"):
+            raise ConfigError(f"{where}.{part}.nvme_path: must be a folder on a local disk, of this run alone")
         if offload.get("super_offload"):
             raise ConfigError(f"{where}.{part}.super_offload=true: has an optimizer of its own; remove it")
 
@@ -179,8 +205,13 @@ def _own(engine: EngineConfig, layout: LayoutConfig, precision: str, clip: float
 
 
 def _defaults(precision: str) -> Settings:
-    """What DeepSpeed gets unless `engine.deepspeed` says otherwise: gradients are summed in float32, as megatron's."""
-    defaults: Settings = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+    """What DeepSpeed gets unless `engine.deepspeed` says otherwise: gradients are summed in float32, as megatron's, and
+    through a bucket of 200 MB instead of its 2 GB."""
+    defaults: Settings = {
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"reduce_bucket_size": 50_000_000},
+    }
     if precision == "fp16":
         defaults["fp16"] = {"loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1.0}
     return defaults

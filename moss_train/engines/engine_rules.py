@@ -1,6 +1,7 @@
 """Which layouts, precisions and options each engine has; said before anything is started."""
 
 import math
+from collections.abc import Mapping
 
 from moss_train.engines.config import EngineConfig
 from moss_train.engines.deepspeed_settings import check_settings
@@ -92,8 +93,10 @@ def _check_deepspeed_pipeline(engine: EngineConfig, layout: LayoutConfig) -> Non
             f"engine.overlap_grad_reduce=true: with pipeline stages (layout.pp={layout.pp}) DeepSpeed sums gradients "
             "after the schedule; set it to false, or engine.name=megatron"
         )
+    zero_optimization = engine.deepspeed.get("zero_optimization")
+    if not isinstance(zero_optimization, Mapping):
+        return  # `check_settings` says so of what is not
     for part in ("offload_optimizer", "offload_param"):
-        zero_optimization = engine.deepspeed.get("zero_optimization") or {}
         if (zero_optimization.get(part) or {}).get("device", "none") != "none":
             raise ConfigError(
                 f"engine.deepspeed.zero_optimization.{part}: is not tried with pipeline stages "

@@ -33,7 +33,7 @@ from moss_train.engines.config import EngineConfig, OptimConfig
 from moss_train.engines.engine_rules import check_engine, check_optimizer
 from moss_train.engines.fit import require_fit
 from moss_train.engines.frames import FrameFeatures, plans_of, received
-from moss_train.engines.full_tensors import Entry, collect_on_main, require_names
+from moss_train.engines.full_tensors import Entry, stream_to_main
 from moss_train.engines.gradients import sum_gradients
 from moss_train.engines.learning_rate import LearningRate
 from moss_train.engines.megatron_state import OPTIMIZER, MegatronState
@@ -60,6 +60,9 @@ class MegatronEngine:
 
     def __init__(self, config: EngineConfig | None = None):
         self._config = config or EngineConfig()
+
+    def parameter_store(self) -> None:
+        """See `protocol.Engine.parameter_store`."""
 
     def setup(
         self,
@@ -174,7 +177,12 @@ class MegatronEngine:
 
     def whole_weights(self) -> dict[str, torch.Tensor]:
         """See `protocol.Engine.whole_weights`."""
-        return self._collect(self._weight_entries(), self.expected_shapes(optimizer=False))
+        return dict(self.each_weight())
+
+    def each_weight(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See `protocol.Engine.each_weight`."""
+        self._finish_param_gather()
+        return stream_to_main(self._weight_entries(), self._parallel, self.expected_shapes(optimizer=False))
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """See `protocol.Engine.gradients`."""
@@ -389,10 +397,7 @@ class MegatronEngine:
 
     def _collect(self, entries: list[Entry], names) -> dict[str, torch.Tensor]:
         self._finish_param_gather()
-        tensors = collect_on_main(entries, self._parallel)
-        if self._parallel.is_main:
-            require_names(tensors, names)
-        return tensors
+        return dict(stream_to_main(entries, self._parallel, names))
 
     def _weight_entries(self) -> list[Entry]:
         return [

@@ -1,6 +1,6 @@
 """What the training loop may ask of an engine; it knows no more about Megatron or any other than this."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,6 +9,7 @@ import torch
 from moss_train.data.batch import Batch
 from moss_train.engines.config import OptimConfig
 from moss_train.engines.pieces import Piece, Shape, TensorSource
+from moss_train.model.build import ParameterStore
 from moss_train.objectives.figures import LossFigures
 from moss_train.objectives.streaming_loss import StreamingLoss
 
@@ -44,6 +45,10 @@ class Engine(Protocol):
     skipped_steps: int  #: how many of them were skipped
     #: Set it, on every process, before a step after which `gradients` is wanted: some engines free them in it.
     keep_gradients: bool
+
+    def parameter_store(self) -> ParameterStore | None:
+        """What `model.build.build_model` must be given to build the model that `setup` gets; None where each process
+        holds whole parameters."""
 
     def setup(
         self,
@@ -93,6 +98,10 @@ class Engine(Protocol):
 
     def whole_weights(self) -> dict[str, torch.Tensor]:
         """The weights (`model/…`) alone, as `state_dict` gives them. Collective."""
+
+    def each_weight(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same one after another, of which no process then holds more than one. Every process must go through it
+        to its end."""
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Parameter name → whole gradient of the last `train_step`, scaled as the optimizer left it: as summed, when

@@ -4,6 +4,8 @@ Shape suffixes: R rows, T tokens, N frames held (of a batch or of this process's
 frame, C colours, H decoder width, V rows of the head.
 """
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
@@ -108,13 +110,22 @@ class VideoModel(nn.Module):
         recompute: RecomputeConfig | None = None,
         initialise: bool = True,
         fp8: bool = False,
+        finished: Callable[[nn.Module], object] | None = None,
     ):
         """`tensor_group`: the processes over which matrices are split (one process, when they are not).
         `frame_group`: those that share the frames of the cross layers; None or a group of one: all frames are here.
         `part`: None for the whole model. `initialise`: False leaves weights unset, for what is loaded right after.
         `fp8`: the decoder's matrices multiply in 8 bits (`model.precision`); `dtype` is bfloat16 then.
+        `finished`: called with the tower, the projector, the embedding, each layer, the last norm and the head, each
+        before the next one is built, so that it can free the memory of what is not initialised.
         """
         super().__init__()
+
+        def built(module):
+            if finished is not None:
+                finished(module)
+            return module
+
         config.validate()
         self.sizes = config
         self.part = part or parts.whole(config)
@@ -125,23 +136,23 @@ class VideoModel(nn.Module):
         self.config = megatron_config(config, dtype, tensor_group.size(), sequence_parallel, initialise, fp8)
         text = config.text
         if self.part.encoder:
-            self.vision_tower = VisionTower(config.vision).to(dtype)
-            self.projector = Projector(config.vision.feature_size, text.hidden_size, dtype=dtype)
+            self.vision_tower = built(VisionTower(config.vision).to(dtype))
+            self.projector = built(Projector(config.vision.feature_size, text.hidden_size, dtype=dtype))
         if self.part.embedding:
-            self.embedding = Embedding(config, self.config, tensor_group)
+            self.embedding = built(Embedding(config, self.config, tensor_group))
         # Keyed by number in the whole model, so that names do not depend on the layout.
         self.layers = nn.ModuleDict(
             {
-                str(index): (CrossLayer if index in text.cross_layers else SelfLayer)(
-                    index, config, self.config, tensor_group
+                str(index): built(
+                    (CrossLayer if index in text.cross_layers else SelfLayer)(index, config, self.config, tensor_group)
                 )
                 for first, end in self.part.chunks
                 for index in range(first, end)
             }
         )
         if self.part.head:
-            self.final_norm = modules.rms_norm(self.config, text.hidden_size)
-            self.head = modules.output_linear(self.config, text.hidden_size, text.vocabulary_size, tensor_group)
+            self.final_norm = built(modules.rms_norm(self.config, text.hidden_size))
+            self.head = built(modules.output_linear(self.config, text.hidden_size, text.vocabulary_size, tensor_group))
         self.rotary = RotaryTable(text.hidden_size // text.attention_heads, text.rope_theta, text.rope_scaling)
         if self.part.encoder and initialise:
             initialise_vision(self.vision_tower, self.projector, config)

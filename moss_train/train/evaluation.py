@@ -6,9 +6,8 @@ from dataclasses import replace
 import torch
 
 from moss_train.data.corpus import Corpus, load_source
-from moss_train.engines.pieces import MemorySource
 from moss_train.engines.protocol import Engine
-from moss_train.engines.weights import load_weights_into
+from moss_train.engines.weights import NAMESPACE
 from moss_train.evaluate.judges import load_judge
 from moss_train.evaluate.runner import EvaluationResult, evaluate_streams
 from moss_train.model.build import whole_model
@@ -58,12 +57,9 @@ class Evaluator:
         """Free-running figures during training of what `engine` trains; `model` is this process's part of it. Every
         process must call it: the main one evaluates and returns them, the others give it their parts and wait in their
         next step."""
-        split = self._is_split()
-        weights = engine.whole_weights() if split else {}
-        if not groups.state().is_main:
+        whole = self._assembled(engine) if self._is_split() else model
+        if whole is None or not groups.state().is_main:
             return {}
-        whole = self._assembled(weights) if split else model
-        del weights
         return self.evaluate(whole, compiler, self._config.during_training).figures
 
     def _is_split(self) -> bool:
@@ -71,9 +67,16 @@ class Evaluator:
         layout = self._run.layout
         return layout.tp * layout.pp * layout.cp > 1 or layout.zero == 3 or self._run.engine.overlap_param_gather
 
-    def _assembled(self, weights: dict[str, torch.Tensor]) -> VideoModel:
-        """A copy of the whole model on this process."""
+    def _assembled(self, engine: Engine) -> VideoModel | None:
+        """A copy of the whole model on the main process."""
         state = groups.state()
+        if not state.is_main:
+            for _ in engine.each_weight():
+                pass
+            return None
         model = whole_model(self._run.model, state, Precision.named(self._run.precision).dtype)
-        load_weights_into(model, MemorySource(weights))
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, weight in engine.each_weight():
+                parameters[name.removeprefix(f"{NAMESPACE}/")].copy_(weight)
         return model.to(state.device)

@@ -138,6 +138,7 @@ def run_stage(
         whole = whole_model(run.model, state)
     is_fresh = newest is None and origin is None
     precision = Precision.named(run.precision)
+    engine = build_engine(run.engine)
     model = build_model(
         run.model,
         state,
@@ -145,9 +146,9 @@ def run_stage(
         run.engine.recompute,
         seed=run.seed if is_fresh else None,
         fp8=precision.fp8,
+        store=engine.parameter_store(),
     )
     seed_random_state(run.seed)  # here, so that it does not matter whether and how weights were drawn
-    engine = build_engine(run.engine)
     engine.setup(
         model,
         trainable_names(whole, plan.config.trainable),

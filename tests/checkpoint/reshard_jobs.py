@@ -25,10 +25,11 @@ def engine_of(case: Case, seed: int):
     """The engine of this rank, its weights fresh from `seed`."""
     state = groups.initialize(case.layout, seed=seed)
     problem = case.problem
-    model = build_model(problem.model(), state, Precision.named(case.precision).dtype, case.recompute, seed=seed)
+    engine = build_engine(case.engine())
+    dtype = Precision.named(case.precision).dtype
+    model = build_model(problem.model(), state, dtype, case.recompute, seed=seed, store=engine.parameter_store())
     with torch.device("meta"):
         trained = trainable_names(whole_model(problem.model(), state), problem.trainable)
-    engine = build_engine(case.engine())
     engine.setup(
         model, trained, problem.optim(), StreamingLoss(problem.objective(), tokenizer().special.silence), STEPS
     )

@@ -1,6 +1,7 @@
 """The DeepSpeed engine on one process: rates by group, what it tells, what it refuses when it is set up."""
 
 import dataclasses
+import weakref
 
 from engine_parts import batch, global_batches, setup_engine, tiny_model
 
@@ -59,6 +60,15 @@ def test_metadata_holds_the_dictionary_that_deepspeed_was_given(zero):
     assert told["engine"] == "deepspeed"
     zero_settings = told["deepspeed"]["zero_optimization"]
     assert (zero_settings["stage"], zero_settings["reduce_bucket_size"]) == (zero, 1000)
+
+
+def test_the_engine_of_the_stage_before_is_freed(zero):
+    first = engine_of("deepspeed", tiny_model())
+    first.train_step(global_batches(1)[0])
+    memory = weakref.ref(first._engine.optimizer)
+    del first
+    engine_of("deepspeed", tiny_model())
+    assert memory() is None
 
 
 def test_gradients_are_told_of_only_when_they_were_kept(zero):

@@ -26,6 +26,7 @@ def test_fields_of_ours_become_deepspeeds():
         "overlap_comm": True,
         "memory_efficient_linear": False,
         "ignore_unused_parameters": True,
+        "reduce_bucket_size": 50_000_000,
     }
     assert settings["fp16"]["initial_scale_power"] == 20 and settings["fp16"]["loss_scale"] == 0.0
     assert settings["communication_data_type"] == "fp32" and "bf16" not in settings
@@ -59,8 +60,13 @@ def test_what_is_passed_on_joins_what_is_ours():
         ({"zero_optimisation": {}}, r"engine\.deepspeed\.zero_optimisation: legal names are .*zero_optimization"),
         ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, r"zenflow=.*transposes the weights"),
         ({"zero_optimization": {"zero_quantized_weights": True}}, r"zero_quantized_weights=True: needs CUDA"),
-        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, r"offload_param\.device='nvme'.*cpu or none"),
+        ({"zero_optimization": {"zero_quantized_nontrainable_weights": True}}, r"8 bits of frozen weights"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, r"_param\.device='cpu': needs layout\.zero=3"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, r"device='nvme': needs layout\.zero=3"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, r"offload_param\.device='nvme': "),
+        ({"zero_optimization": {"offload_optimizer": {"device": "disk"}}}, r"device='disk': legal values are none"),
         ({"zero_optimization": 3}, r"zero_optimization=3: must be an object"),
+        ({"zero_optimization": {"allgather_bucket_size": 7}}, r"allgather_bucket_size=7: must be even"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_passed_on(passed, message):
@@ -68,10 +74,27 @@ def test_what_cannot_be_passed_on(passed, message):
         check_settings(config(passed), LayoutConfig(zero=2), "bf16", cuda=False)
 
 
+def test_what_lies_on_a_disk_needs_a_folder():
+    offloaded = {"device": "nvme"}
+    passed = {"zero_optimization": {"offload_optimizer": offloaded}}
+    with pytest.raises(ConfigError, match=r"offload_optimizer\.nvme_path: must be a folder"):
+        check_settings(config(passed), LayoutConfig(zero=3), "bf16")
+    offloaded["nvme_path"] = "/local/run"
+    check_settings(config(passed), LayoutConfig(zero=3), "bf16")
+
+
 @pytest.mark.parametrize(
     ("engine", "layout", "precision", "message"),
     [
-        (config(), LayoutConfig(pp=2), "fp32", r"layout\.pp=2: .*set layout\.pp=1, or engine\.name=megatron"),
+        (config(), LayoutConfig(pp=2, zero=2), "bf16", r"layout\.zero=2: .*\(layout\.pp=2\).*set layout\.zero to 0 or 1"),
+        (config(), LayoutConfig(pp=2, vpp=2), "fp32", r"layout\.vpp=2: .*layout\.vpp=1 .*or engine\.name=megatron"),
+        (config(), LayoutConfig(pp=2), "bf16", r"layout\.zero=0: with precision=bf16"),
+        (config(overlap_grad_reduce=True), LayoutConfig(pp=2, zero=1), "fp32", r"overlap_grad_reduce=true: with pipeline"),
+        (
+            config({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}), LayoutConfig(pp=2, zero=1), "fp32",
+            r"offload_optimizer: .*\(layout\.pp=2\); remove it",
+        ),
+        (EngineConfig(), LayoutConfig(pp=2, pipeline_schedule="dualpipev"), "fp32", r"dualpipev: is DeepSpeed's; set auto"),
         (config(), LayoutConfig(), "bf16", r"layout\.zero=0: with precision=bf16 .*set layout\.zero to 1, 2 or 3"),
         (config(), LayoutConfig(), "fp16", r"layout\.zero=0: with precision=fp16"),
         (config(), LayoutConfig(zero=1), "fp8", r"precision=fp8: is of the megatron engine"),

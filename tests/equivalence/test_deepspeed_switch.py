@@ -34,10 +34,10 @@ def engine_of(case: Case, seed: int):
     state = groups.initialize(case.layout, seed=seed)
     problem = case.problem
     dtype = Precision.named(case.precision).dtype
-    model = build_model(problem.model(), state, dtype, case.recompute, seed=seed)
+    engine = build_engine(case.engine())
+    model = build_model(problem.model(), state, dtype, case.recompute, seed=seed, store=engine.parameter_store())
     with torch.device("meta"):
         trained = trainable_names(whole_model(problem.model(), state), problem.trainable)
-    engine = build_engine(case.engine())
     objective = StreamingLoss(problem.objective(), tokenizer().special.silence)
     engine.setup(model, trained, problem.optim(), objective, STEPS)
     return engine, state

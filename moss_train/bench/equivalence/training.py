@@ -26,13 +26,14 @@ def train_case(rank: int, ranks: int, case: Case, path: str) -> tuple[list[Figur
     tensors to `path`."""
     state = groups.initialize(case.layout, seed=case.problem.seed)
     problem = case.problem
+    engine = build_engine(case.engine())
+    dtype = Precision.named(case.precision).dtype
     model = build_model(
-        problem.model(), state, Precision.named(case.precision).dtype, case.recompute, seed=problem.seed
+        problem.model(), state, dtype, case.recompute, seed=problem.seed, store=engine.parameter_store()
     )
     with torch.device("meta"):
         trained = trainable_names(whole_model(problem.model(), state), problem.trainable)
     objective = StreamingLoss(problem.objective(), tokenizer().special.silence)
-    engine = build_engine(case.engine())
     engine.setup(model, trained, problem.optim(), objective, STEPS)
     tensors = {"fresh": _plain(engine.whole_weights())}
     shapes = _plain(engine.expected_shapes(optimizer=False))
