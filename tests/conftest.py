@@ -1,5 +1,6 @@
 """What every test process needs before torch is imported, and the rule that golden tests never skip."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -45,6 +46,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         found = sum(GOLDEN in item.path.parents for item in items)
         if found < GOLDEN_TESTS:
             raise pytest.UsageError(f"{found} golden tests found in {GOLDEN}, at least {GOLDEN_TESTS} must run")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, and need not be gone through whenever a test's process groups are collected."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")

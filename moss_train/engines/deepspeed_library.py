@@ -35,7 +35,8 @@ def initialize(
         _forget_parameters()
     # A pipeline's module brings its own.
     own_groups = OwnGroups(state) if state.pipeline_ranks == 1 else None
-    # Its bfloat16 optimizer prints how much memory there is, group by group.
+    # Its bfloat16 optimizer takes stock of the memory, group by group, with a garbage collection each time, and prints it.
+    importlib.import_module("deepspeed.runtime.bf16_optimizer").see_memory_usage = lambda *_, **__: None
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = library.initialize(
             model=module, optimizer=optimizer, config=settings, mpu=own_groups, dist_init_required=False

@@ -7,6 +7,7 @@ jobs, and one that failed or hangs is replaced.
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import shutil
@@ -225,6 +226,9 @@ def _serve(connection: Connection, stack: str) -> None:
     torch.set_num_threads(1)
     stack_file = open(stack, "w")  # noqa: SIM115 (stays open for the signal)
     faulthandler.register(signal.SIGUSR1, stack_file, all_threads=False)
+    # What was imported stays: it need not be gone through when the process groups of a job are collected.
+    gc.collect()
+    gc.freeze()
     connection.send(None)  # ready
     while True:
         try:
