@@ -19,7 +19,7 @@ class EngineConfig:
 
     name: str = "megatron"
     """megatron: megatron-core's DDP, optimizer and schedules. deepspeed: ZeRO 0 to 3 (layout.zero) around the same
-    model, without pipeline stages. See docs/engines.md."""
+    model, with pipeline stages 0 and 1. See docs/engines.md."""
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     """What the backward pass computes again to save memory."""
     overlap_grad_reduce: bool = False

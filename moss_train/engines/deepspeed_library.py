@@ -35,7 +35,7 @@ def initialize(
         _forget_parameters()
     # A pipeline's module brings its own.
     own_groups = OwnGroups(state) if state.pipeline_ranks == 1 else None
-    # Its bfloat16 optimizer takes stock of the memory, group by group, with a garbage collection each time, and prints it.
+    # Its bfloat16 optimizer tells of the memory, group by group, and collects garbage each time.
     importlib.import_module("deepspeed.runtime.bf16_optimizer").see_memory_usage = lambda *_, **__: None
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = library.initialize(
