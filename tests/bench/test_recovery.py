@@ -37,6 +37,14 @@ def test_four_kills(capsys, folder):
     assert len(re.findall(r"^kill \d/4 ", printed.err, re.MULTILINE)) == 4
 
 
+@pytest.mark.parametrize("layout", ["layout.pp=2,layout.zero=1", pytest.param("layout.zero=3", marks=pytest.mark.slow)])
+def test_two_kills_under_deepspeed(capsys, tmp_path, layout):
+    options = ["kills=2", "seed=3", f"overrides=[engine=deepspeed,{layout}]", f"out={tmp_path}"]
+    assert main(["bench", "recovery", *options]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["ok"], result["figures"]["kills"], result["figures"]["identical"]) == (True, 2, True)
+
+
 @pytest.fixture(scope="module")
 def course(folder):
     """A shorter run, and what it is without a kill."""
