@@ -45,11 +45,11 @@ def stall_in_forward(rank: int) -> None:
 
     forward = ChunkCalls.forward
 
-    def hanging(step, number, chunk):
+    def hanging(step, *arguments):
         if rank == 1 and activity().step == 3:
             print(f"HANGS OVER {', '.join(activity().keys)}", flush=True)
             hang()
-        return forward(step, number, chunk)
+        return forward(step, *arguments)
 
     ChunkCalls.forward = hanging
 
@@ -75,14 +75,18 @@ def stall_holding_the_interpreter(rank: int) -> None:
     MegatronEngine._take_step = hanging
 
 
+FOUR_LAYERS = ["model.text.layers=4", "model.text.cross_layers=[1,3]"]
+
+
 @pytest.mark.parametrize(
     ("mischief", "phase", "more"),
     [
         (stall_in_data, "data", ["stages.*.data.frame_cache_mb=0"]),
         (stall_in_forward, "forward", []),
-        (stall_in_forward, "forward", ["layout.pp=2", "model.text.layers=4", "model.text.cross_layers=[1,3]"]),
+        (stall_in_forward, "forward", ["layout.pp=2", *FOUR_LAYERS]),
+        (stall_in_forward, "forward", ["layout.pp=2", *FOUR_LAYERS, "engine=deepspeed"]),
     ],
-    ids=["data", "forward", "pipeline"],
+    ids=["data", "forward", "pipeline", "pipeline under deepspeed"],
 )
 def test_the_rank_at_fault_is_reported_once(small, tmp_path, mischief, phase, more):
     with endless(small, tmp_path, mischief=mischief, more=more) as job:
