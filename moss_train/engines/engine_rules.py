@@ -88,6 +88,11 @@ def _check_deepspeed_pipeline(engine: EngineConfig, layout: LayoutConfig) -> Non
             f"layout.vpp={layout.vpp}: DeepSpeed has no interleaved schedule; set layout.vpp=1 (perhaps with "
             "layout.pipeline_schedule=dualpipev), or engine.name=megatron"
         )
+    if layout.batch_p2p is not None:
+        raise ConfigError(
+            f"layout.batch_p2p={str(layout.batch_p2p).lower()}: says how the megatron engine sends; set it to null, or "
+            "engine.name=megatron"
+        )
     if engine.overlap_grad_reduce:
         raise ConfigError(
             f"engine.overlap_grad_reduce=true: with pipeline stages (layout.pp={layout.pp}) DeepSpeed sums gradients "

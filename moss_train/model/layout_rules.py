@@ -27,11 +27,12 @@ def check_layout(config: ModelConfig, layout: LayoutConfig, world_size: int) -> 
                 f"model.text.layers={text.layers}"
             )
     elif layout.chunks > text.layers:
-        legal = max(1, text.layers // layout.vpp)
+        legal = max(1, text.layers // layout.stage_chunks)
+        fewer = "set layout.pipeline_schedule=auto" if layout.dualpipev else "lower layout.vpp"
         raise ConfigError(
-            f"layout.pp={layout.pp} × layout.vpp={layout.vpp} makes {layout.chunks} chunks of "
-            f"model.text.layers={text.layers}: every chunk needs a layer; set layout.pp to {legal} or less, lower "
-            "layout.vpp, or give layout.pipeline_split"
+            f"layout.pp={layout.pp} × {layout.stage_chunks} a process makes {layout.chunks} chunks of "
+            f"model.text.layers={text.layers}: every chunk needs a layer; set layout.pp to {legal} or less, "
+            f"{fewer}, or give layout.pipeline_split"
         )
     if layout.cp > 1 and config.attention == "dense":
         raise ConfigError("model.attention=dense: knows no layout.cp above 1; set model.attention=segments")

@@ -57,7 +57,12 @@ class LayoutConfig:
     @property
     def chunks(self) -> int:
         """Chunks of layers over all stages."""
-        return self.pp * (2 if self.dualpipev else self.vpp)
+        return self.pp * self.stage_chunks
+
+    @property
+    def stage_chunks(self) -> int:
+        """Chunks of layers that a pipeline process holds."""
+        return 2 if self.dualpipev else self.vpp
 
     @property
     def dualpipev(self) -> bool:
@@ -132,7 +137,7 @@ class LayoutConfig:
             if len(self.pipeline_split) != self.chunks:
                 raise ConfigError(
                     f"layout.pipeline_split={list(self.pipeline_split)}: names {len(self.pipeline_split)} chunks, but "
-                    f"layout.pp={self.pp} × {2 if self.dualpipev else self.vpp} makes {self.chunks}"
+                    f"layout.pp={self.pp} × {self.stage_chunks} a process makes {self.chunks}"
                 )
             if min(self.pipeline_split) < 0:
                 raise ConfigError(f"layout.pipeline_split={list(self.pipeline_split)}: must be numbers of at least 0")

@@ -142,8 +142,8 @@ def _layout(run: RunConfig) -> str:
     layout, state = run.layout, groups.state()
     degrees = f"tp {layout.tp}{' with sp' if layout.sp else ''}, cp {layout.cp}, dp {state.data_ranks}, pp {layout.pp}"
     split = "+".join(map(str, split_layers(run.model, layout)))
-    if layout.vpp > 1:
-        degrees += f" of {layout.vpp} chunks each"
+    if layout.stage_chunks > 1:
+        degrees += f" of {layout.stage_chunks} chunks each{' (DualPipeV)' if layout.dualpipev else ''}"
     shares = f"frames shared by {layout.share_ranks} ({layout.sharding})" if layout.share_ranks > 1 else ""
     engine = f"engine {run.engine.name}" if run.engine.name != "megatron" else ""
     parts = [degrees, f"layers {split}", shares, f"zero {layout.zero}" if layout.zero else "", engine]

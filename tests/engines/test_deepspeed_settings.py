@@ -88,6 +88,7 @@ def test_what_lies_on_a_disk_needs_a_folder():
     [
         (config(), LayoutConfig(pp=2, zero=2), "bf16", r"layout\.zero=2: .*set layout\.zero to 0 or 1"),
         (config(), LayoutConfig(pp=2, vpp=2), "fp32", r"layout\.vpp=2: .*layout\.vpp=1 .*or engine\.name=megatron"),
+        (config(), LayoutConfig(pp=2, batch_p2p=False), "fp32", r"layout\.batch_p2p=false: says how the megatron"),
         (config(), LayoutConfig(pp=2), "bf16", r"layout\.zero=0: with precision=bf16"),
         (config(overlap_grad_reduce=True), LayoutConfig(pp=2, zero=1), "fp32", r"reduce=true: with pipeline"),
         (

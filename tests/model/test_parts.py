@@ -64,6 +64,13 @@ def test_stages_hold_their_chunks_and_what_stands_at_the_ends():
     assert not parts.part_of(config, alone, 1).encoder
 
 
+def test_with_dualpipev_microbatches_come_back_to_the_first_stage():
+    layout = LayoutConfig(pp=2, pipeline_schedule="dualpipev", pipeline_split=[1, 2, 1, 1])
+    first, last = (parts.part_of(tiny_config(), layout, rank) for rank in range(2))
+    assert first == parts.ModelPart(encoder=True, embedding=True, chunks=((0, 1), (4, 5)), head=True)
+    assert last == parts.ModelPart(encoder=True, embedding=False, chunks=((1, 3), (3, 4)), head=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fresh_weights_are_those_of_the_whole_model(parallel_state, dtype):
     torch.manual_seed(5)
@@ -79,6 +86,7 @@ def test_fresh_weights_are_those_of_the_whole_model(parallel_state, dtype):
         (LayoutConfig(tp=4), 4, r"layout\.tp=4: does not divide model\.text\.attention_heads=6; legal values are 1, 2"),
         (LayoutConfig(tp=3), 3, r"layout\.tp=3: does not divide model\.text\.key_value_heads=2"),
         (LayoutConfig(pp=6), 6, r"layout\.pp=6.*model\.text\.layers=5.*layout\.pp to 5"),
+        (LayoutConfig(pp=3, pipeline_schedule="dualpipev"), 3, r"makes 6 chunks .*set layout\.pipeline_schedule=auto"),
         (LayoutConfig(pp=2, vpp=3), 2, r"makes 6 chunks of model\.text\.layers=5"),
         (LayoutConfig(pp=2, pipeline_split=[2, 2]), 2, r"adds up to 4, but model\.text\.layers=5"),
         (LayoutConfig(pp=2, vpp=2, batch_p2p=True), 2, r"layout\.batch_p2p=true"),

@@ -12,6 +12,7 @@ LEGAL = [
     (LayoutConfig(tp=2, dp=3), 6),
     (LayoutConfig(pp=2, vpp=2, pipeline_split=[0, 3, 1, 0]), 2),
     (LayoutConfig(pp=4, vpp=2, batch_p2p=True), 4),
+    (LayoutConfig(pp=2, pipeline_schedule="dualpipev", pipeline_split=[1, 2, 2, 1]), 2),
     (LayoutConfig(pp=4, vpp=2, overlap_p2p=True, backend="nccl"), 4),
 ]
 
@@ -28,6 +29,10 @@ REFUSED = [
     (LayoutConfig(backend="mpi"), 1, r"layout\.backend='mpi'.*gloo"),
     (LayoutConfig(pp=2, pipeline_split=[4]), 2, r"pipeline_split=\[4\].*makes 2"),
     (LayoutConfig(pp=2, pipeline_split=[-1, 4]), 2, r"pipeline_split=\[-1, 4\].*at least 0"),
+    (LayoutConfig(pp=2, pipeline_schedule="zb"), 2, r"layout\.pipeline_schedule='zb'.*auto, dualpipev"),
+    (LayoutConfig(pipeline_schedule="dualpipev"), 1, r"dualpipev: with layout\.pp=1.*layout\.pp above 1"),
+    (LayoutConfig(pp=2, vpp=2, pipeline_schedule="dualpipev"), 2, r"layout\.vpp=2.*or layout\.pipeline_schedule=auto"),
+    (LayoutConfig(pp=2, pipeline_schedule="dualpipev", pipeline_split=[3, 3]), 2, r"× 2 a process makes 4"),
     (LayoutConfig(pp=2, vpp=2, batch_p2p=True), 2, r"layout\.batch_p2p=true.*silently.*null"),
     (LayoutConfig(pp=2, overlap_p2p=True, backend="nccl"), 2, r"layout\.overlap_p2p=true.*vpp above 1"),
     (LayoutConfig(pp=4, vpp=2, overlap_p2p=True, backend="gloo"), 4, r"layout\.overlap_p2p=true.*gloo"),
