@@ -29,7 +29,7 @@ from torch import nn
 from moss_train.data.batch import Batch
 from moss_train.engines import loss_scale, optimizer_state
 from moss_train.engines.config import EngineConfig, OptimConfig
-from moss_train.engines.deepspeed_library import initialize, load, remove_hooks
+from moss_train.engines.deepspeed_library import forget_gradients, initialize, load, remove_hooks
 from moss_train.engines.deepspeed_settings import deepspeed_settings
 from moss_train.engines.deepspeed_shards import Shards
 from moss_train.engines.deepspeed_state import DeepSpeedState
@@ -175,7 +175,7 @@ class DeepSpeedEngine:
             "deepspeed": self._settings,
         }
         if self._scaler is not None and self._scaler.dynamic:
-            metadata["loss_scale"] = loss_scale.saved(self._scaler)
+            metadata["loss_scale"] = loss_scale.saved(self._scaler, self._parallel.data_ranks)
         return metadata
 
     def state_dict(self) -> EngineState:
@@ -216,7 +216,7 @@ class DeepSpeedEngine:
         self.skipped_steps = int(metadata["skipped_steps"])
         self._optimizer.set_step_count(self.step - self.skipped_steps)
         if metadata.get("loss_scale") and self._scaler is not None and self._scaler.dynamic:
-            loss_scale.restore(self._scaler, metadata["loss_scale"])
+            loss_scale.restore(self._scaler, metadata["loss_scale"], self._parallel.data_ranks)
 
     def load_weights(self, source: TensorSource) -> None:
         """See `protocol.Engine.load_weights`."""
@@ -299,6 +299,8 @@ class DeepSpeedEngine:
         self._optimizer.held = False
         if self._shards.sharded:
             overflowed = bool(self._engine.optimizer.overflow)
+            if overflowed:
+                forget_gradients(self._engine.optimizer)
             grad_norm = math.inf if overflowed else float(self._engine.get_global_grad_norm())
         skipped = withheld or overflowed
         self.step += 1

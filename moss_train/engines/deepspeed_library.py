@@ -51,6 +51,16 @@ def remove_hooks(engine: Any) -> None:
         hook.remove()
 
 
+def forget_gradients(zero: Any) -> None:
+    """Drop what a step that overflowed has left. ZeRO 1 and 2 do so themselves unless optimizer state lies in
+    the memory of the host: then later gradients would be added to the infinities."""
+    if not hasattr(zero, "all_grad_tensors"):
+        return
+    for held in (zero.averaged_gradients, zero.all_grad_tensors):
+        for group in held:
+            held[group] = None
+
+
 def sharer(
     dtype: torch.dtype, settings: dict[str, Any], state: ParallelState
 ) -> Callable[[list[torch.nn.Parameter]], None]:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moss_train.bench.equivalence import reference
 from moss_train.bench.equivalence.batches import microbatches
-from moss_train.bench.equivalence.cases import STEPS, Case, Problem
+from moss_train.bench.equivalence.cases import Case, Problem
 from moss_train.bench.equivalence.compare import tolerance, weight_deviations
-from moss_train.bench.equivalence.outcome import starting_weights
+from moss_train.bench.equivalence.outcome import Outcome, read_tensors, starting_weights
 from moss_train.bench.equivalence.streams import tokenizer
 from moss_train.checkpoint.saver import Saver
 from moss_train.checkpoint.store import open_together
@@ -26,7 +27,7 @@ from moss_train.objectives.streaming_loss import StreamingLoss
 from moss_train.parallel import groups
 from moss_train.parallel.config import LayoutConfig
 
-SAVED_AT = 3
+SAVED_AT, STEPS = 5, 10
 ADAMW = Problem(optimizer="adamw", clip=0.3)
 
 
@@ -93,11 +94,27 @@ SWITCHES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def ten_steps(comparer, tmp_path_factory) -> tuple[Problem, Outcome]:
+    """Of a plain process."""
+    problem, _ = comparer.reference(ADAMW)  # with a seed at which rounding is harmless
+    path = tmp_path_factory.mktemp("ten") / "steps"
+    ((steps, trained),) = comparer.ranks.run(1, train_plainly, problem, str(path))
+    return problem, Outcome(steps, trained, read_tensors(path))
+
+
+def train_plainly(rank: int, ranks: int, problem: Problem, path: str):
+    with mock.patch.object(reference, "STEPS", STEPS):
+        outcome = reference.train(problem)
+    outcome.save_tensors(Path(path))
+    return outcome.steps, outcome.trained
+
+
 @pytest.mark.parametrize(
     ("first", "second"), SWITCHES, ids=lambda case: f"{case.engine_name}-{case.describe()['layout']}"
 )
-def test_deepspeed_and_megatron_go_on_from_each_other(comparer, tmp_path, first, second):
-    problem, expected = comparer.reference(ADAMW)
+def test_deepspeed_and_megatron_go_on_from_each_other(comparer, ten_steps, tmp_path, first, second):
+    problem, expected = ten_steps
     first, second = (dataclasses.replace(case, problem=problem) for case in (first, second))
     losses = comparer.ranks.run(first.world_size, train_and_save, first, str(tmp_path))[0]
     losses += comparer.ranks.run(second.world_size, load_and_finish, second, str(tmp_path))[0]
@@ -123,7 +140,7 @@ def skip_and_go_on(rank: int, ranks: int, case: Case) -> list[str]:
 
     before, wrong = copied(), []
     poisoned = microbatches(case, 1, state)
-    if rank == ranks - 1:
+    if rank == 0 or not case.layout.dualpipev and rank == ranks - 1:  # the head must see it
         poisoned[0].weights_RT[:] = float("inf")
     refused = {
         "limit": engine.train_step(microbatches(case, 1, state), loss_limit=1e-3),
@@ -171,6 +188,7 @@ def _infinite_gradient():
         *[(LayoutConfig(tp=2, dp=2, zero=zero), "bf16") for zero in (1, 2, 3)],
         (LayoutConfig(pp=2, tp=2), "fp32"),
         (LayoutConfig(pp=2, dp=2, zero=1), "bf16"),
+        (LayoutConfig(pp=2, pipeline_schedule="dualpipev"), "fp32"),
     ],
     ids=lambda value: value if isinstance(value, str) else f"pp{value.pp}-zero{value.zero}",
 )
@@ -178,7 +196,32 @@ def test_deepspeed_leaves_everything_as_it_was_when_a_step_is_not_taken(comparer
     case = Case(
         ADAMW, layout, precision=precision, engine_name="deepspeed", recompute=RecomputeConfig("selective", "none")
     )
-    assert [wrong for wrong in comparer.ranks.run(4, skip_and_go_on, case) if wrong] == []
+    ranks = case.world_size
+    assert [wrong for wrong in comparer.ranks.run(ranks, skip_and_go_on, case) if wrong] == []
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_deepspeed_with_offloading_goes_on_after_a_step_that_overflowed(comparer, zero):
+    case = Case(ADAMW, LayoutConfig(dp=2, zero=zero), precision="bf16", engine_name="deepspeed")
+    assert comparer.ranks.run(2, overflow_offloaded, case) == [[], []]
+
+
+def overflow_offloaded(rank: int, ranks: int, case: Case) -> list[str]:
+    """What is wrong after a step whose gradients were not finite, with optimizer state in the memory of the host."""
+    offloaded = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    config = dataclasses.replace(case.engine(), deepspeed=offloaded)
+    with mock.patch.object(Case, "engine", lambda self: config):
+        engines = [engine_of(case, seed=1) for _ in range(2)]
+        poisoned, _ = engines[0]
+        told = []
+        for engine, state in engines:
+            started(engine, case.problem)
+            if engine is poisoned:
+                with mock.patch.object(type(engine._model.decoder_layers[0]), "forward", _infinite_gradient()):
+                    assert engine.train_step(microbatches(case, 0, state)).skipped
+            outputs = [engine.train_step(microbatches(case, step, state)) for step in range(3)]
+            told.append([(output.skipped, output.loss, output.grad_norm) for output in outputs])
+    return [] if told[0] == told[1] and not told[0][-1][0] else [str(told)]
 
 
 def scale_in_fp16(rank: int, ranks: int, case: Case, initial: float) -> list[tuple]:
