@@ -18,7 +18,6 @@ LAYOUTS = {
     "pp4-uneven": LayoutConfig(pp=4, pipeline_split=[1, 3, 3, 1]),
     "tp2-cp2": LayoutConfig(tp=2, cp=2),
     "pp2-dp2-zero1": LayoutConfig(pp=2, dp=2, zero=1, frame_shard="tp"),
-    "deepspeed-zero0-tp2": LayoutConfig(tp=2),
     "deepspeed-zero1-tp2-sp-dp2": LayoutConfig(tp=2, sp=True, dp=2, zero=1),
     "deepspeed-zero2-dp4": LayoutConfig(dp=4, zero=2),
     "deepspeed-zero3-tp2-dp2": LayoutConfig(tp=2, dp=2, zero=3),
@@ -85,10 +84,9 @@ def test_frozen_parts_have_no_optimizer_state_and_move_too(ranks, tmp_path, prec
     check_among(ranks, tmp_path, layouts, trainable="projector_xattn", precision=precision)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_frozen_parts_move_between_deepspeed_and_megatron_too(ranks, tmp_path, precision):
-    layouts = ("tp2-sp-dp2-zero1", "deepspeed-zero1-tp2-sp-dp2", "deepspeed-zero2-dp4", "deepspeed-zero3-tp2-dp2")
-    check_among(ranks, tmp_path, layouts, trainable="projector_xattn", precision=precision)
+def test_frozen_parts_move_between_deepspeed_and_megatron_too(ranks, tmp_path):
+    layouts = ("tp2-sp-dp2-zero1", "deepspeed-zero1-pp2-dp2", "deepspeed-zero2-dp4", "deepspeed-zero3-tp2-dp2")
+    check_among(ranks, tmp_path, layouts, trainable="projector_xattn", precision="bf16")
 
 
 def check_among(ranks, tmp_path, layouts, **options):
