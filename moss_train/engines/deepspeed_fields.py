@@ -48,7 +48,8 @@ _ELSEWHERE = {
 }
 
 _TYPES = ("fp32", "bf16", "fp16")
-_FLAG, _COUNT, _NUMBER, _TEXT = "true or false", "a whole number", "a number", "text"
+_FLAG, _COUNT, _NUMBER, _TEXT, _FIELDS = "true or false", "a whole number", "a number", "text", "an object of fields"
+_ONE_OF = "one of a few"  # looked at on its own
 
 #: Sections whose fields DeepSpeed reads without looking for others, or at their values.
 _UNCHECKED: dict[str, dict[str, str]] = {
@@ -60,7 +61,7 @@ _UNCHECKED: dict[str, dict[str, str]] = {
         "overlap_events": _FLAG,
         "use_gds": _FLAG,
     },
-    "data_types": {"grad_accum_dtype": _TEXT},
+    "data_types": {"grad_accum_dtype": _ONE_OF},
     "flops_profiler": {
         "enabled": _FLAG,
         "recompute_fwd_factor": _NUMBER,
@@ -70,9 +71,10 @@ _UNCHECKED: dict[str, dict[str, str]] = {
         "detailed": _FLAG,
         "output_file": _TEXT,
     },
-    "timers": {"throughput": "an object of fields"},
+    "timers": {"throughput": _FIELDS},
 }
 
+_OUR_CHECKPOINTS = "checkpoints are written in our own format; leave it out"
 _KEPT_IN_FLOAT32 = "checkpoints hold weights and moments in float32; remove it"
 
 #: Fields that are refused unless they are off.
@@ -84,7 +86,11 @@ _BROKEN = {
     ("zero_optimization", "zero_quantized_nontrainable_weights"): (
         "keeps 8 bits of frozen weights, which checkpoints must hold in full; remove it"
     ),
-    ("zero_optimization", "elastic_checkpoint"): "checkpoints are written in our own format; leave it out",
+    ("zero_optimization", "cpu_offload_use_pin_memory"): "is DeepSpeed's old name; set offload_….pin_memory",
+    ("zero_optimization", "elastic_checkpoint"): _OUR_CHECKPOINTS,
+    ("zero_optimization", "gather_16bit_weights_on_model_save"): _OUR_CHECKPOINTS,
+    ("zero_optimization", "stage3_gather_16bit_weights_on_model_save"): _OUR_CHECKPOINTS,
+    ("zero_optimization", "stage3_gather_fp16_weights_on_model_save"): _OUR_CHECKPOINTS,
     ("bf16", "bf16_master_weights_and_grads"): _KEPT_IN_FLOAT32,
     ("bf16", "bf16_optimizer_states"): _KEPT_IN_FLOAT32,
     ("fp16", "fp16_master_weights_and_grads"): _KEPT_IN_FLOAT32,
@@ -238,8 +244,10 @@ def _require(kind: str, value: Any, field: str) -> None:
         _COUNT: number and value == value // 1,
         _NUMBER: number,
         _TEXT: isinstance(value, str),
-    }.get(kind, isinstance(value, Mapping))
-    if not fits:
+        _FIELDS: isinstance(value, Mapping),
+        _ONE_OF: True,
+    }
+    if not fits[kind]:
         raise ConfigError(f"{field}={value!r}: must be {kind}; set it so, or remove it")
 
 
