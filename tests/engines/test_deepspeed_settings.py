@@ -97,7 +97,7 @@ def test_what_is_passed_on_joins_what_is_ours():
         ({"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}}, r"offload_optimizer\.ratio=0\.5: "),
         ({"zero_optimization": {"stage3_prefetch_bucket_size": 2}}, r"prefetch_bucket_size=2: is read with "),
         ({"zero_optimization": {"cpu_offload_use_pin_memory": True}}, r"use_pin_memory=True: is DeepSpeed's old name"),
-        ({"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": True}}, r"model_save=True: checkpoints are"),
+        ({"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": True}}, r"save=True: checkpoints"),
         ({"data_types": {"grad_accum_dtype": None}}, r"grad_accum_dtype=None: legal values"),
         ({"zero_optimization": {"zero_hpz_partition_size": 2}}, r"hpz_partition_size=2: is read with layout\.zero=3"),
         ({"zero_optimization": {"allgather_bucket_size": 7}}, r"allgather_bucket_size=7: must be even"),
