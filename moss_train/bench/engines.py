@@ -138,12 +138,13 @@ def engines_command(options: EnginesOptions) -> int:
 
 def setups_of(name: str, model: ModelConfig, options: EnginesOptions, say: Say) -> Iterator[Setup]:
     """Every engine and stage that can train the model in the layouts asked for; the others are told, and why."""
-    deepspeed = scaled_sizes(parameter_count(model)) if options.scaled_sizes else {}
+    parameters = parameter_count(model)
     for layout_name in options.layouts:
         layout, recompute = named_layout(layout_name)
         for engine in options.engines:
             for zero in options.zero:
-                sizes = {"deepspeed": deepspeed} if engine == "deepspeed" else {}
+                scaled = engine == "deepspeed" and options.scaled_sizes
+                sizes = {"deepspeed": scaled_sizes(parameters, zero)} if scaled else {}
                 work = options.work(model, replace(layout, zero=zero), recompute, engine=engine, **sizes)
                 setup = Setup(name, engine, layout_name, work)
                 try:

@@ -21,14 +21,16 @@ _PERSISTENCE_DEFAULT = 100_000
 _MODEL = 10_670_220_835  #: parameters of recipes/model/moss_video_11b.yaml
 
 
-def scaled_sizes(parameters: int) -> dict[str, dict[str, int]]:
+def scaled_sizes(parameters: int, zero: int) -> dict[str, dict[str, int]]:
     """Fields of `engine.deepspeed` for a model of so many parameters.
 
     Sizes go with the number of parameters; the one that is a single parameter's goes with its square root, as the width
-    of a layer does.
+    of a layer does. What ZeRO 3 alone reads is left out at other stages.
     """
     share = min(1.0, parameters / _MODEL)
     # DeepSpeed takes even buckets only.
     sizes = {name: 2 * math.ceil(size * share / 2) for name, size in _DEFAULTS.items()}
     sizes[_PERSISTENCE] = math.ceil(_PERSISTENCE_DEFAULT * math.sqrt(share))
+    if zero < 3:
+        sizes = {name: sizes[name] for name in ("reduce_bucket_size", "allgather_bucket_size")}
     return {"zero_optimization": sizes}

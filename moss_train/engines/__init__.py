@@ -2,6 +2,7 @@
 
 from moss_train.engines.config import EngineConfig
 from moss_train.engines.protocol import Engine
+from moss_train.parallel.config import LayoutConfig
 
 
 def build_engine(config: EngineConfig) -> Engine:
@@ -15,3 +16,15 @@ def build_engine(config: EngineConfig) -> Engine:
     from moss_train.engines.megatron import MegatronEngine
 
     return MegatronEngine(config)
+
+
+def require_engine(config: EngineConfig, layout: LayoutConfig, precision: str) -> None:
+    """Raise ConfigError unless this machine has what the engine needs, and its library takes the configuration.
+
+    For what `engine_rules.check_engine` has passed. Before any work: it makes nothing, and needs no process groups.
+    """
+    if config.name == "deepspeed":
+        from moss_train.engines.deepspeed_library import require_deepspeed
+        from moss_train.engines.deepspeed_settings import deepspeed_settings
+
+        require_deepspeed(deepspeed_settings(config, layout, precision, clip=0.0))

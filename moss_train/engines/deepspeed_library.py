@@ -1,10 +1,12 @@
 """DeepSpeed as this package uses it: with our process groups, without compiling anything, without its own logging.
 
-DeepSpeed is imported here and in `deepspeed_pipeline`, and only when an engine is set up with it.
+DeepSpeed is imported here and in `deepspeed_pipeline`, and only when a run
+is planned, or an engine set up, with it.
 """
 
 import contextlib
 import ctypes
+import difflib
 import gc
 import importlib
 import io
@@ -13,8 +15,9 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
+import pydantic
 import torch
 import torch.distributed as dist
 
@@ -84,6 +87,52 @@ def is_shared(parameter: torch.nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def require_deepspeed(settings: dict[str, Any]) -> None:
+    """Raise ConfigError unless DeepSpeed can be imported, finds on this machine what `settings` need, and takes them.
+    Makes nothing; process groups need not exist."""
+    load()
+    if on_disk := fields_on_disk(settings):
+        _require_disk_access(on_disk[0])
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+
+    _parse(DeepSpeedZeroConfig, settings["zero_optimization"], "zero_optimization")
+    _parse(DeepSpeedBF16Config, settings.get("bf16", {}), "bf16")
+    _parse(DeepSpeedFP16Config, settings.get("fp16", {}), "fp16")
+    _parse(DeepSpeedThroughputTimerConfig, settings["timers"]["throughput"], "timers.throughput")
+
+
+def _parse(section: type[pydantic.BaseModel], fields: dict[str, Any], path: str) -> None:
+    """Have DeepSpeed read one section; ConfigError for the first of its fields that it does not take."""
+    try:
+        section(**fields)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, (path, *first["loc"])))
+        value = f"={first['input']!r}" if first["loc"] else ""
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"engine.deepspeed.{where}{value}: {_legal(section, first['loc'])}") from error
+        # What a section as a whole is refused for begins with the field, if it is one's.
+        reason = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").removeprefix(f"{path}.")
+        name = reason.split()[0]
+        if not first["loc"] and name in fields:
+            where, value, reason = f"{path}.{name}", f"={fields[name]!r}", reason.removeprefix(name).lstrip()
+        raise ConfigError(f"engine.deepspeed.{where}{value}: DeepSpeed says: {reason}; mend or remove it") from error
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ConfigError(f"engine.deepspeed.{path}: DeepSpeed says: {error}; mend or remove it") from error
+
+
+def _legal(section: type[pydantic.BaseModel], location: tuple[int | str, ...]) -> str:
+    """Which names DeepSpeed knows where it met one that it does not."""
+    for step in location[:-1]:
+        annotation = section.model_fields[str(step)].annotation
+        section = next(one for one in (annotation, *get_args(annotation)) if isinstance(one, type))
+    known = sorted(field.alias or name for name, field in section.model_fields.items())
+    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f"DeepSpeed knows no such field; set {close[0]}" if close else f"legal names are {', '.join(known)}"
+
+
 def _prepared(settings: dict[str, Any], state: ParallelState) -> Any:
     library = load()
     if on_disk := fields_on_disk(settings):
@@ -113,7 +162,6 @@ def load() -> Any:
         # It asks for instructions that multiply 16-bit numbers; PyTorch does without them.
         get_accelerator().is_fp16_supported = get_accelerator().is_bf16_supported = lambda: True
     logger.setLevel(logging.WARNING)  # at its usual level it tells of every buffer it makes
-    # Said of every optimizer that is not of its own making.
     logger.addFilter(_is_news)
     # PyTorch's, of names that it has given new ones; once a call.
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
@@ -131,12 +179,16 @@ def disk_access_problem() -> str | None:
     return None if AsyncIOBuilder().is_compatible(verbose=False) else "libaio with its headers (Debian: libaio-dev)"
 
 
+def _require_disk_access(field: str) -> None:
+    if missing := disk_access_problem():
+        raise ConfigError(f"{field}: DeepSpeed compiles async_io for it, which needs {missing}; install it, or set cpu")
+
+
 def _load_disk_access(field: str) -> None:
     """The one part of DeepSpeed that is compiled: on the machine, when it is first wanted."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    if missing := disk_access_problem():
-        raise ConfigError(f"{field}: DeepSpeed compiles async_io for it, which needs {missing}; install it, or set cpu")
+    _require_disk_access(field)
     if not torch.cuda.is_available():
         # Without CUDA it is not linked with what it needs.
         ctypes.CDLL("libaio.so.1", mode=ctypes.RTLD_GLOBAL)
@@ -147,7 +199,9 @@ def _load_disk_access(field: str) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return "untested optimizer" not in record.getMessage()
+    said = record.getMessage()
+    # Said of every optimizer that is not of its own making; and what our own report of a step says.
+    return not any(phrase in said for phrase in ("untested optimizer", "OVERFLOW!"))
 
 
 def _attach(library: Any) -> None:

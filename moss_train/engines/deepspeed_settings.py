@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON, made from our configuration, and what of it a user may add (`engine.deepspeed`).
+"""DeepSpeed's JSON, made from our configuration and from what a user adds (`engine.deepspeed`; `deepspeed_fields`).
 
 A field that follows from our configuration can be set there alone: to set it in `engine.deepspeed` too is an error,
 also when both agree today. Nothing here imports DeepSpeed.
@@ -11,61 +11,11 @@ from typing import Any
 import torch
 
 from moss_train.engines.config import EngineConfig
+from moss_train.engines.deepspeed_fields import OFFLOADS, check_sections, check_values, check_with_stages
 from moss_train.errors import ConfigError
 from moss_train.parallel.config import LayoutConfig
 
 Settings = dict[str, Any]
-
-#: Sections of DeepSpeed's JSON that `engine.deepspeed` may hold. DeepSpeed passes over names it does not know, so that
-#: a misspelt one would do nothing, silently.
-SECTIONS = (
-    "aio",
-    "bf16",
-    "comms_logger",
-    "communication_data_type",
-    "data_types",
-    "dump_state",
-    "flops_profiler",
-    "fp16",
-    "memory_breakdown",
-    "steps_per_print",
-    "timers",
-    "wall_clock_breakdown",
-    "zero_optimization",
-)
-
-#: Of what DeepSpeed knows: where ours is set instead, or why it is not offered.
-_ELSEWHERE = {
-    "activation_checkpointing": "set engine.recompute",
-    "amp": "set precision",
-    "checkpoint": "checkpoints are written in our own format; set checkpoint",
-    "curriculum_learning": "the order of data is the blend's; set stages.<name>.data",
-    "data_efficiency": "the order of data is the blend's; set stages.<name>.data",
-    "gradient_allreduce_op": "gradients are summed, and the loss is divided by the global batch's normaliser",
-    "gradient_predivide_factor": "gradients are summed, and the loss is divided by the global batch's normaliser",
-    "optimizer": "set stages.<name>.optim",
-    "pipeline": "set layout.pp, and engine.recompute",
-    "scheduler": "set stages.<name>.optim",
-    "sequence_parallel_size": "set layout.sp",
-    "tensor_parallel": "set layout.tp",
-    "torch_autocast": "set precision",
-    "train_batch_size": "set stages.<name>.data",
-}
-
-#: Fields of `zero_optimization` that are known not to work here.
-_BROKEN = {
-    "zenflow": "DeepSpeed 0.19.8 transposes the weights when it starts",
-    "cpu_offload": "is DeepSpeed's old name; set offload_optimizer.device=cpu",
-    "cpu_offload_param": "is DeepSpeed's old name; set offload_param.device=cpu",
-    "leaf_module": "makes gradients of a layer come in another order; leave it out",
-    "zero_quantized_nontrainable_weights": "keeps 8 bits of frozen weights, which checkpoints must hold in full",
-    "elastic_checkpoint": "checkpoints are written in our own format; leave it out",
-}
-
-#: Those that need CUDA.
-_CUDA_ONLY = ("zero_quantized_weights", "zero_quantized_gradients")
-
-_OFFLOADS = ("offload_optimizer", "offload_param")
 
 
 def deepspeed_settings(engine: EngineConfig, layout: LayoutConfig, precision: str, clip: float) -> Settings:
@@ -83,24 +33,27 @@ def check_settings(engine: EngineConfig, layout: LayoutConfig, precision: str, c
     cuda: whether there is a CUDA device; None asks torch.
     """
     passed, own = _passed(engine), set(_leaves(_own(engine, layout, precision, clip=0.0)))
-    for section in passed:
-        if section in _ELSEWHERE:
-            raise ConfigError(f"engine.deepspeed.{section}: is not set here; {_ELSEWHERE[section]}")
-        if section not in SECTIONS and (section,) not in own:
-            raise ConfigError(f"engine.deepspeed.{section}: legal names are {', '.join(SECTIONS)}")
-    for path in _leaves(passed):
+    check_sections(passed, {path[0] for path in own if len(path) == 1})
+    for path, value in _nodes(passed):
+        field = f"engine.deepspeed.{'.'.join(path)}"
         if path in own:
-            raise ConfigError(
-                f"engine.deepspeed.{'.'.join(path)}={_value(passed, path)!r}: follows from {_SOURCES[path]}; set that, "
-                "and remove this one"
-            )
-    for section in ("fp16", "bf16"):
-        if section in passed and section != precision:
-            raise ConfigError(
-                f"engine.deepspeed.{section}: means nothing with precision={precision}; set precision={section}, or "
-                "remove it"
-            )
-    _check_zero(passed.get("zero_optimization", {}), layout.zero, torch.cuda.is_available() if cuda is None else cuda)
+            raise ConfigError(f"{field}={value!r}: follows from {_SOURCES[path]}; set that, and remove this one")
+        if value == "auto":
+            raise ConfigError(f"{field}='auto': nothing here replaces the word; set a value, or remove it")
+    check_values(passed, layout.zero, precision, torch.cuda.is_available() if cuda is None else cuda)
+    if layout.pp > 1:
+        check_with_stages(passed, layout.pp)
+
+
+def takes_bf16_optimizer(settings: Settings) -> bool:
+    """Whether DeepSpeed takes its BF16_Optimizer, which has no buckets and sums after the backward pass."""
+    zero = settings["zero_optimization"]
+    return (
+        "bf16" in settings
+        and zero["stage"] == 1
+        and settings["data_types"]["grad_accum_dtype"] == "fp32"
+        and (zero.get("offload_optimizer") or {}).get("device", "none") == "none"
+    )
 
 
 def fields_on_disk(settings: Settings) -> list[str]:
@@ -108,45 +61,9 @@ def fields_on_disk(settings: Settings) -> list[str]:
     zero = settings.get("zero_optimization") or {}
     return [
         f"engine.deepspeed.zero_optimization.{part}.device=nvme"
-        for part in _OFFLOADS
+        for part in OFFLOADS
         if (zero.get(part) or {}).get("device") == "nvme"
     ]
-
-
-def _check_zero(zero: Any, stage: int, cuda: bool) -> None:
-    where = "engine.deepspeed.zero_optimization"
-    if not isinstance(zero, Mapping):
-        raise ConfigError(f"{where}={zero!r}: must be an object of fields")
-    for name, why in _BROKEN.items():
-        if zero.get(name):
-            raise ConfigError(f"{where}.{name}={zero[name]!r}: {why}")
-    for name in _CUDA_ONLY:
-        if zero.get(name) and not cuda:
-            raise ConfigError(f"{where}.{name}={zero[name]!r}: needs CUDA, which there is none of; remove it")
-    if zero.get("allgather_bucket_size", 0) % 2:
-        raise ConfigError(f"{where}.allgather_bucket_size={zero['allgather_bucket_size']!r}: must be even")
-    for part in _OFFLOADS:
-        offload = zero.get(part) or {}
-        if not isinstance(offload, Mapping):
-            raise ConfigError(f"{where}.{part}={offload!r}: must be an object with a device")
-        device = offload.get("device", "none")
-        if device not in ("none", "cpu", "nvme"):
-            raise ConfigError(f"{where}.{part}.device={device!r}: legal values are none, cpu, nvme")
-        if device != "none" and part == "offload_param" and stage != 3:
-            raise ConfigError(f"{where}.{part}.device={device!r}: needs layout.zero=3, which shares out parameters")
-        if device == "nvme" and part == "offload_param":
-            raise ConfigError(
-                f"{where}.{part}.device='nvme': parameters read back from a disk do not fit their gathering in "
-                "DeepSpeed 0.19.8; set cpu, or offload_optimizer.device=nvme"
-            )
-        if device == "nvme" and offload.get("fast_init"):
-            raise ConfigError(f"{where}.{part}.fast_init=true: reads past the ends of blocks of a disk; remove it")
-        if device == "nvme" and stage != 3:
-            raise ConfigError(f"{where}.{part}.device='nvme': needs layout.zero=3; set that, or cpu")
-        if device == "nvme" and not offload.get("nvme_path"):
-            raise ConfigError(f"{where}.{part}.nvme_path: must be a folder on a local disk, of this run alone")
-        if offload.get("super_offload"):
-            raise ConfigError(f"{where}.{part}.super_offload=true: has an optimizer of its own; remove it")
 
 
 #: Where each field that is ours comes from.
@@ -206,10 +123,12 @@ def _own(engine: EngineConfig, layout: LayoutConfig, precision: str, clip: float
 
 def _defaults(precision: str) -> Settings:
     """What DeepSpeed gets unless `engine.deepspeed` says otherwise: gradients are summed in float32, as megatron's, and
-    through a bucket of 200 MB instead of its 2 GB."""
+    through a bucket of 200 MB instead of its 2 GB. Its throughput timer waits for the device every microbatch, for a
+    line that is not shown."""
     defaults: Settings = {
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": {"reduce_bucket_size": 50_000_000},
     }
     if precision == "fp16":
@@ -233,10 +152,11 @@ def _leaves(settings: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator
             yield (*path, name)
 
 
-def _value(settings: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    for name in path:
-        settings = settings[name]
-    return settings
+def _nodes(settings: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, value in settings.items():
+        yield (*path, name), value
+        if isinstance(value, Mapping):
+            yield from _nodes(value, (*path, name))
 
 
 def _merged(under: Settings, over: Settings) -> Settings:

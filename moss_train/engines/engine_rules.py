@@ -1,10 +1,9 @@
 """Which layouts, precisions and options each engine has; said before anything is started."""
 
 import math
-from collections.abc import Mapping
 
 from moss_train.engines.config import EngineConfig
-from moss_train.engines.deepspeed_settings import check_settings
+from moss_train.engines.deepspeed_settings import check_settings, deepspeed_settings, takes_bf16_optimizer
 from moss_train.errors import ConfigError
 from moss_train.parallel.config import LayoutConfig
 
@@ -75,6 +74,12 @@ def _check_deepspeed(engine: EngineConfig, layout: LayoutConfig, precision: str)
             f"{2.0 ** round(math.log2(engine.initial_loss_scale)):g}"
         )
     check_settings(engine, layout, precision)
+    settings = deepspeed_settings(engine, layout, precision, clip=0.0)
+    if engine.overlap_grad_reduce and takes_bf16_optimizer(settings):
+        raise ConfigError(
+            "engine.overlap_grad_reduce=true: with precision=bf16 and layout.zero=1 DeepSpeed sums gradients after the "
+            "backward pass; set layout.zero=2, or false"
+        )
 
 
 def _check_deepspeed_pipeline(engine: EngineConfig, layout: LayoutConfig) -> None:
@@ -98,12 +103,3 @@ def _check_deepspeed_pipeline(engine: EngineConfig, layout: LayoutConfig) -> Non
             f"engine.overlap_grad_reduce=true: with pipeline stages (layout.pp={layout.pp}) DeepSpeed sums gradients "
             "after the schedule; set it to false, or engine.name=megatron"
         )
-    zero_optimization = engine.deepspeed.get("zero_optimization")
-    if not isinstance(zero_optimization, Mapping):
-        return  # `check_settings` says so of what is not
-    for part in ("offload_optimizer", "offload_param"):
-        if (zero_optimization.get(part) or {}).get("device", "none") != "none":
-            raise ConfigError(
-                f"engine.deepspeed.zero_optimization.{part}: is not tried with pipeline stages "
-                f"(layout.pp={layout.pp}); remove it, or set layout.pp=1"
-            )

@@ -7,6 +7,7 @@ import torch
 
 from moss_train.checkpoint.store import latest
 from moss_train.data.sources import SourceFigures
+from moss_train.engines import require_engine
 from moss_train.errors import CheckpointError
 from moss_train.model.config import RecomputeConfig
 from moss_train.model.parts import split_layers
@@ -48,6 +49,7 @@ def _run_stages(run: RunConfig, stop: StopRequest, watchdog: Watchdog) -> int:
     Precision.named(run.precision).check_supported(device)
     state = groups.initialize(run.layout, run.seed)
     watchdog.connect(state)
+    require_engine(run.engine, run.layout, run.precision)
     plans = plan_pipeline(run, tokenizer)
     if state.is_main:
         print(describe(run, plans), flush=True)

@@ -163,6 +163,10 @@ def test_two_processes_stopped_and_resumed_equal_two_that_were_not(overrides, ra
         (2, ["layout.tp=2", "tokenizer.vocabulary_size=2001"], "model.text.vocabulary_size=2001"),
         (1, ["layout.sp=true"], "layout.sp=true"),
         (2, ["engine=deepspeed", "layout.pp=2", "layout.zero=3"], "layout.zero=3: with pipeline stages"),
+        (
+            1, ["engine=deepspeed", "dry_run=true", "engine.deepspeed.zero_optimization.reduce_bucket_sise=5"],
+            "engine.deepspeed.zero_optimization.reduce_bucket_sise=5: DeepSpeed knows no such field",
+        ),
         (2, ["layout.pp=2", "layout.pipeline_schedule=dualpipev"], "or engine.name=deepspeed"),
         (1, ["layout.pipeline_schedule=dualpipev"], "set layout.pp above 1"),
         (1, ["precision=fp8"], "precision=fp8"),
@@ -171,7 +175,7 @@ def test_two_processes_stopped_and_resumed_equal_two_that_were_not(overrides, ra
         (1, ["engine.overlap_param_gather=true", "engine.overlap_grad_reduce=true"], "engine.overlap_param_gather"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)
+)  # fmt: skip
 def test_layouts_that_cannot_be_are_refused(overrides, tmp_path, monkeypatch, capsys, processes, arguments, expected):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     assert main(["train", *overrides, *arguments, f"output_dir={tmp_path / 'out'}"]) == 2
