@@ -184,8 +184,8 @@ def _infinite_gradient():
 @pytest.mark.parametrize(
     ("layout", "precision"),
     [
-        *[(LayoutConfig(tp=2, dp=2, zero=zero), "fp32") for zero in (0, 1, 2, 3)],
-        *[(LayoutConfig(tp=2, dp=2, zero=zero), "bf16") for zero in (1, 2, 3)],
+        *[(LayoutConfig(tp=2, dp=2, zero=zero), "fp32") for zero in (0, 3)],
+        *[(LayoutConfig(tp=2, dp=2, zero=zero), "bf16") for zero in (1, 2)],
         (LayoutConfig(pp=2, tp=2), "fp32"),
         (LayoutConfig(pp=2, dp=2, zero=1), "bf16"),
         (LayoutConfig(pp=2, pipeline_schedule="dualpipev"), "fp32"),
