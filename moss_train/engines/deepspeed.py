@@ -113,7 +113,7 @@ class DeepSpeedEngine:
         self._trained_groups = sorted({self._group_of[name] for name in trainable})
         self._settings = deepspeed_settings(self._config, layout, self._precision.name, optim.clip)
         param_groups, placeholders = self._param_groups()
-        self._optimizer = held_optimizer(optim, param_groups)
+        self._optimizer = held_optimizer(optim, param_groups, fused=self._parallel.device.type == "cuda")
         self._passes = self._passes_of(model, placeholders)
         # Some of DeepSpeed's optimizers take a step with zero gradients when they start.
         self._optimizer.held = True

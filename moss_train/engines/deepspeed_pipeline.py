@@ -102,6 +102,7 @@ class PipelinePasses:
             self._frames.finish()
             with phase("reduce"):
                 self._sum_gradients()
+        self.module.end()
         return outputs
 
     def step(self) -> None:
@@ -204,6 +205,10 @@ class _Stage(PipelineModule):
         """A step begins. `loss_of`: (number of the microbatch, logits) → what is differentiated."""
         self._calls, self._loss_of = calls, loss_of
         self._numbers: list[Iterator[int]] = [iter(range(microbatches)) for _ in self.chunks]
+
+    def end(self) -> None:
+        """The step's passes are done, and its batches are not needed any more."""
+        del self._calls, self._loss_of
 
     def forward(self, message: torch.Tensor) -> torch.Tensor:
         """Run the active chunk on its next microbatch: schedules keep their order in every chunk."""

@@ -48,7 +48,10 @@ class HeldAdamW(HeldOptimizer, torch.optim.AdamW):
     def initialise(self, tensors: Iterable[torch.Tensor]) -> None:
         """Make the moments now instead of at the first step, so that a state exists from the beginning."""
         for tensor in tensors:
-            self.state[tensor] = {"step": torch.tensor(0.0)} | {moment: torch.zeros_like(tensor) for moment in MOMENTS}
+            # The fused kernel reads the count where the tensor lies; the other ways count on the host.
+            device = tensor.device if self.defaults["fused"] else "cpu"
+            moments = {moment: torch.zeros_like(tensor) for moment in MOMENTS}
+            self.state[tensor] = {"step": torch.zeros((), dtype=torch.float32, device=device), **moments}
 
     def set_step_count(self, steps: int) -> None:
         """Set the step count, which the bias correction depends on."""
@@ -66,8 +69,11 @@ class HeldSGD(HeldOptimizer, torch.optim.SGD):
         """Nothing counts."""
 
 
-def held_optimizer(optim: OptimConfig, param_groups: list[dict[str, Any]]) -> HeldAdamW | HeldSGD:
-    """The optimizer that `optim` names over `param_groups`, each with its own weight_decay."""
+def held_optimizer(optim: OptimConfig, param_groups: list[dict[str, Any]], fused: bool) -> HeldAdamW | HeldSGD:
+    """The optimizer that `optim` names over `param_groups`, each with its own weight_decay.
+
+    fused: AdamW in one kernel, which needs no room for intermediate results as large as what is stepped.
+    """
     if optim.name == "sgd":
         return HeldSGD(param_groups, lr=optim.lr)
-    return HeldAdamW(param_groups, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps)
+    return HeldAdamW(param_groups, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=fused)

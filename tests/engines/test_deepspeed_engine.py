@@ -2,6 +2,7 @@
 
 import dataclasses
 import weakref
+from unittest import mock
 
 from engine_parts import batch, global_batches, setup_engine, tiny_model
 
@@ -9,8 +10,9 @@ from engine_parts import batch, global_batches, setup_engine, tiny_model
 import pytest
 import torch
 
-from moss_train.engines import EngineConfig, build_engine
+from moss_train.engines import EngineConfig, build_engine, deepspeed
 from moss_train.engines.config import OptimConfig
+from moss_train.engines.held_optimizer import held_optimizer as held
 from moss_train.engines.pieces import MemorySource
 from moss_train.errors import ConfigError
 from moss_train.model.groups import trainable_names
@@ -52,6 +54,21 @@ def test_rates_and_weight_decay_by_group_are_megatrons(zero):
         moved = (weight - start[name]).norm()
         assert (weights[name] - weight).norm() <= 1e-3 * moved + 1e-6, name
         assert (moved == 0) == name.startswith("model/head")
+
+
+def test_the_fused_optimizer_takes_the_same_steps(zero):
+    """Which is what runs on a GPU."""
+    found = []
+    for fused in (False, True):
+        with mock.patch.object(
+            deepspeed, "held_optimizer", lambda *arguments, fused, on=fused: held(*arguments, fused=on)
+        ):
+            engine = engine_of("deepspeed", tiny_model())
+        losses = [engine.train_step(microbatches).loss for microbatches in global_batches(4)]
+        found.append((losses, {name: tensor.clone() for name, tensor in engine.whole_weights().items()}))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    for name, weight in found[0][1].items():
+        assert torch.allclose(found[1][1][name], weight, rtol=1e-4, atol=1e-6), name
 
 
 def test_metadata_holds_the_dictionary_that_deepspeed_was_given(zero):
