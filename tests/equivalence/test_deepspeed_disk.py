@@ -6,13 +6,15 @@ from unittest import mock
 
 import pytest
 from safetensors.torch import load_file
-from test_deepspeed_switch import load_and_finish, train_and_save
+from test_deepspeed_switch import load_and_finish, ten_steps, train_and_save  # noqa: F401 (a fixture)
 
 from moss_train.bench.equivalence.cases import Case, Problem
 from moss_train.bench.equivalence.compare import tolerance, weight_deviations
 from moss_train.bench.equivalence.training import train_case
 from moss_train.engines.deepspeed_library import disk_access_problem
 from moss_train.parallel.config import LayoutConfig
+
+pytestmark = pytest.mark.slow  # the first time async_io is compiled, for minutes
 
 ADAMW = Problem(optimizer="adamw", clip=0.3)
 ON_DISK = Case(ADAMW, LayoutConfig(dp=2, zero=3), engine_name="deepspeed")
@@ -49,8 +51,8 @@ def test_deepspeed_on_a_disk_trains_as_one_process(comparer, tmp_path, trainable
 
 
 @pytest.mark.parametrize("saved_on_disk", [True, False])
-def test_deepspeed_saves_from_a_disk_and_loads_onto_it(comparer, tmp_path, saved_on_disk):
-    problem, expected = comparer.reference(ADAMW)
+def test_deepspeed_saves_from_a_disk_and_loads_onto_it(comparer, ten_steps, tmp_path, saved_on_disk):  # noqa: F811
+    problem, expected = ten_steps
     swaps, checkpoints = tmp_path / "swaps", tmp_path / "checkpoints"
     here, there = (dataclasses.replace(case, problem=problem) for case in (ON_DISK, IN_MEMORY))
     jobs = [train_and_save, load_and_finish]
