@@ -19,7 +19,6 @@ LAYOUTS = {
     "tp2-cp2": LayoutConfig(tp=2, cp=2),
     "pp2-dp2-zero1": LayoutConfig(pp=2, dp=2, zero=1, frame_shard="tp"),
     "deepspeed-zero1-tp2-sp-dp2": LayoutConfig(tp=2, sp=True, dp=2, zero=1),
-    "deepspeed-zero2-dp4": LayoutConfig(dp=4, zero=2),
     "deepspeed-zero3-tp2-dp2": LayoutConfig(tp=2, dp=2, zero=3),
     "deepspeed-zero1-pp2-dp2": LayoutConfig(pp=2, dp=2, zero=1),
     "deepspeed-pp2-tp2-dualpipev": LayoutConfig(pp=2, tp=2, pipeline_schedule="dualpipev"),
