@@ -50,13 +50,12 @@ class PipelinePasses:
             for parameter in encoder.parameters():
                 # Copies on later stages are not counted again in the gradient norm.
                 parameter.ds_pipe_replicated = not parallel.first_stage
-        names = set(trained)
         self._frames = FrameFeatures(
             parallel,
             encoder,
             encoder.pooled if encoder is not None else None,
-            trains_tower=any(name.startswith("vision_tower.") for name in names),
-            trains_projector=any(name.startswith("projector.") for name in names),
+            trains_tower=any(name.startswith("vision_tower.") for name in trained),
+            trains_projector=any(name.startswith("projector.") for name in trained),
             backward=self._backward,
         )
         self._least = 2 * parallel.pipeline_ranks if two_ways else 1
@@ -112,14 +111,11 @@ class PipelinePasses:
     def _loss_of(
         self, batches: Sequence[Batch], normaliser: torch.Tensor, outputs: list[LossOutput]
     ) -> Callable[[int, torch.Tensor], torch.Tensor]:
-        # DeepSpeed averages over the processes that hold the same parameters.
-        ranks = self._parallel.data_frame_group.size() / self._parallel.frame_ranks
-
         def loss_of(number: int, logits_TRV: torch.Tensor) -> torch.Tensor:
             output = self._objective(logits_TRV, batches[number], normaliser)
-            loss = output.loss * ranks
             outputs.append(detached(output))
-            return loss
+            # DeepSpeed averages over the processes that hold the same parameters, data × frame ranks.
+            return output.loss * self._parallel.data_ranks
 
         return loss_of
 

@@ -57,9 +57,8 @@ class WholePasses:
                 continue
             self._engine.set_gradient_accumulation_boundary(number == len(batches))
             output = self._objective(self._engine(batch, plan, encode), batch, normaliser)
-            # DeepSpeed averages over the processes that hold the same parameters.
-            ranks = state.data_frame_group.size() / state.frame_ranks
-            self._engine.backward(output.loss * ranks, scale_wrt_gas=False)
+            # DeepSpeed averages over the processes that hold the same parameters, data × frame ranks.
+            self._engine.backward(output.loss * state.data_ranks, scale_wrt_gas=False)
             outputs.append(detached(output))
         return outputs
 

@@ -85,8 +85,8 @@ def _check_deepspeed(engine: EngineConfig, layout: LayoutConfig, precision: str)
 def _check_deepspeed_pipeline(engine: EngineConfig, layout: LayoutConfig) -> None:
     if layout.zero > 1:
         raise ConfigError(
-            f"layout.zero={layout.zero}: with pipeline stages (layout.pp={layout.pp}) DeepSpeed shards gradients and "
-            "weights wrongly or not at all; set layout.zero to 0 or 1, or layout.pp=1"
+            f"layout.zero={layout.zero}: with pipeline stages (layout.pp={layout.pp}) DeepSpeed shards neither "
+            "gradients nor weights; set layout.zero to 0 or 1, or layout.pp=1"
         )
     if layout.vpp > 1:
         raise ConfigError(

@@ -17,6 +17,16 @@ from moss_train.streams.compiled import IGNORED_LABEL, Kind
 
 VOCABULARY = 32
 SILENCE = 3
+TINY_VISION = VisionConfig(
+    hidden_size=8,
+    local_layers=2,
+    global_layers=1,
+    attention_heads=2,
+    mlp_size=16,
+    patch_size=4,
+    image_size=16,
+    intermediate_layers=[0, 1],
+)
 OBJECTIVE = ObjectiveConfig(weights={"idle_silence": 0.3}, focal_gamma=1.0)
 
 
@@ -25,16 +35,7 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> VideoModel:
     torch.manual_seed(seed)
     config = ModelConfig(
         name="engine_test",
-        vision=VisionConfig(
-            hidden_size=8,
-            local_layers=2,
-            global_layers=1,
-            attention_heads=2,
-            mlp_size=16,
-            patch_size=4,
-            image_size=16,
-            intermediate_layers=[0, 1],
-        ),
+        vision=TINY_VISION,
         text=TextConfig(
             vocabulary_size=VOCABULARY,
             hidden_size=16,

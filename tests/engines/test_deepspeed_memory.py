@@ -2,6 +2,9 @@
 
 import gc
 
+from engine_parts import TINY_VISION
+
+# isort: split
 import pytest
 import torch
 
@@ -10,7 +13,7 @@ from moss_train.engines import EngineConfig, build_engine
 from moss_train.engines.config import OptimConfig
 from moss_train.engines.memory import LiveTensors
 from moss_train.model.build import build_model, whole_model
-from moss_train.model.config import ModelConfig, TextConfig, VisionConfig
+from moss_train.model.config import ModelConfig, TextConfig
 from moss_train.model.groups import trainable_names
 from moss_train.objectives.config import ObjectiveConfig
 from moss_train.objectives.streaming_loss import StreamingLoss
@@ -26,16 +29,7 @@ def sizes() -> ModelConfig:
     """Twenty layers beside which everything else is small."""
     return ModelConfig(
         name="memory_test",
-        vision=VisionConfig(
-            hidden_size=8,
-            local_layers=2,
-            global_layers=1,
-            attention_heads=2,
-            mlp_size=16,
-            patch_size=4,
-            image_size=16,
-            intermediate_layers=[0, 1],
-        ),
+        vision=TINY_VISION,
         text=TextConfig(
             vocabulary_size=32,
             hidden_size=64,

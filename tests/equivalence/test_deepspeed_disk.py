@@ -5,11 +5,9 @@ from functools import partial
 from unittest import mock
 
 import pytest
-from safetensors.torch import load_file
-from test_deepspeed_switch import load_and_finish, ten_steps, train_and_save  # noqa: F401 (a fixture)
+from test_deepspeed_switch import load_and_finish, require_steps, ten_steps, train_and_save  # noqa: F401 (a fixture)
 
 from moss_train.bench.equivalence.cases import Case, Problem
-from moss_train.bench.equivalence.compare import tolerance, weight_deviations
 from moss_train.bench.equivalence.training import train_case
 from moss_train.engines.deepspeed_library import disk_access_problem
 from moss_train.parallel.config import LayoutConfig
@@ -61,8 +59,4 @@ def test_deepspeed_saves_from_a_disk_and_loads_onto_it(comparer, ten_steps, tmp_
     for job, case in zip(jobs, cases, strict=True):
         run = partial(on_disk, job, str(swaps)) if case is here else job
         losses += comparer.ranks.run(case.world_size, run, case, str(checkpoints))[0]
-    allowed = tolerance(there)
-    assert losses == pytest.approx([step.loss for step in expected.steps], rel=allowed.loss)
-    found = load_file(checkpoints / "last")
-    deviations = weight_deviations(expected.tensors["start"], found, expected.tensors["last"], allowed)
-    assert {name: deviation for name, deviation in deviations.items() if not deviation <= allowed.weight} == {}
+    require_steps(expected, losses, checkpoints / "last", there)
