@@ -56,6 +56,7 @@ def numbered_clip(
         stream = muxer.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = 4 * BLOCK, 2 * BLOCK, "yuv420p"
         stream.codec_context.gop_size = gop
+        stream.codec_context.thread_count = 1  # the same pictures give the same bytes
         stream.codec_context.time_base = tick
         stream.options = options or {}
         for number in range(count):

@@ -199,9 +199,10 @@ main()
 
 
 def test_a_file_over_which_the_probe_crashes_or_hangs_costs_one_medium(tmp_path: Path, monkeypatch):
+    clip = numbered_clip(3, 4)
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name, end in {"a": b"", "b": b"CRASH", "c": b"HANGS", "d": b""}.items():
-            data = numbered_clip(3, 4) + end
+            data = clip + end
             for member, content in (("json", json.dumps(caption_json(name, "mp4")).encode()), ("mp4", data)):
                 entry = tarfile.TarInfo(f"{name}.{member}")
                 entry.size = len(content)
@@ -218,7 +219,7 @@ def test_a_file_over_which_the_probe_crashes_or_hangs_costs_one_medium(tmp_path:
     assert isinstance(index.sample(3).media["mp4"], MediaProbe)
     corpus = load_source(tmp_path)
     for number in range(4):  # their bytes were digested all the same
-        assert corpus.member(number, "mp4").startswith(numbered_clip(3, 4))
+        assert corpus.member(number, "mp4").startswith(clip)
     with pytest.raises(SampleError, match="the process died over the probe"):
         corpus.media_info(1)
 
