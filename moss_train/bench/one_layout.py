@@ -10,7 +10,7 @@ import torch
 
 from moss_train.bench.predicted import Microbatch, predicted_bytes
 from moss_train.bench.traffic import Traffic
-from moss_train.data.batch import Batch, FrameShare
+from moss_train.data.batch import Batch, FrameShare, plain_places
 from moss_train.engines import build_engine
 from moss_train.engines.config import EngineConfig, OptimConfig
 from moss_train.engines.memory import LiveTensors, MemoryFigures, measure_step
@@ -184,5 +184,6 @@ def synthetic_batch(model: ModelConfig, shape: Shape, seed: int) -> Batch:
         frame_positions_RF=anchors_F.expand(rows, frames).clone(),
         frame_counts_R=torch.full((rows,), frames),
         origins_RT=torch.full((rows, tokens), -1),
+        **plain_places(place_T.expand(rows, tokens).clone()),
         **counters,
     )

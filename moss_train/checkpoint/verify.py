@@ -16,7 +16,7 @@ from rich.table import Table
 
 from moss_train.checkpoint.hugging_face.mapping import export_tensors
 from moss_train.checkpoint.hugging_face.source import HuggingFaceSource, SafetensorsFiles
-from moss_train.data.batch import Batch
+from moss_train.data.batch import Batch, plain_places
 from moss_train.engines.weights import load_weights_into
 from moss_train.errors import CheckpointError
 from moss_train.model.config import ModelConfig, RopeScaling, TextConfig, VisionConfig
@@ -106,6 +106,7 @@ def case_batch(io: dict[str, torch.Tensor], case: str, silence_id: int) -> Batch
         sink_lo_RT=nothing,
         sink_hi_RT=nothing,
         origins_RT=torch.full_like(ids_1T, -1),
+        **plain_places(torch.arange(tokens)[None]),
         frames_NCHW=pixels_FCHW,
         frame_rows_N=torch.zeros(frames, dtype=torch.int64),
         frame_slots_N=torch.arange(frames),

@@ -35,6 +35,18 @@ class FrameShare:
         return (0, 0) if self.rank is None else (bounds[self.rank], bounds[self.rank + 1])
 
 
+def plain_places(positions_RT: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Those fields of a `Batch` that only options fill: shared positions, no text window, no contrasts."""
+    zeros_RT = torch.zeros_like(positions_RT, dtype=torch.int32)
+    return {
+        "cross_positions_RT": positions_RT,
+        "contrasts_RT": torch.full_like(positions_RT, -1),
+        "text_lo_RT": zeros_RT,
+        "text_sink_lo_RT": zeros_RT,
+        "text_sink_hi_RT": zeros_RT,
+    }
+
+
 ALL_FRAMES = FrameShare()  #: the share of a process that decodes and encodes every frame itself
 
 
@@ -46,6 +58,8 @@ class Batch:
     of the second stream of a packed row starts at the first frame of that stream.
     A token sees frame f of its row iff `visible_lo <= f < visible_hi` or
     `sink_lo <= f < sink_hi`; `sink_hi <= visible_hi` always, so no future frame is a sink.
+    Of the tokens of its stream, token t sees token u of the row iff `text_lo <= u <= t` or
+    `text_sink_lo <= u < text_sink_hi`; `text_sink_hi <= text_lo` always.
     """
 
     ids_RT: torch.Tensor  #: int64
@@ -53,11 +67,16 @@ class Batch:
     kinds_RT: torch.Tensor  #: uint8, `streams.compiled.Kind`
     weights_RT: torch.Tensor  #: float32, the compiler policy's factor
     positions_RT: torch.Tensor  #: int64, restart at 0 for every stream
+    cross_positions_RT: torch.Tensor  #: int64, of the cross-attention's queries, on the axis of `frame_positions_RF`
+    contrasts_RT: torch.Tensor  #: int64, a token that should be less probable here than the label; -1 = none
     segments_RT: torch.Tensor  #: int32, which stream of the row a token belongs to; -1 = padding
     visible_lo_RT: torch.Tensor  #: int32
     visible_hi_RT: torch.Tensor  #: int32
     sink_lo_RT: torch.Tensor  #: int32
     sink_hi_RT: torch.Tensor  #: int32
+    text_lo_RT: torch.Tensor  #: int32
+    text_sink_lo_RT: torch.Tensor  #: int32
+    text_sink_hi_RT: torch.Tensor  #: int32
     origins_RT: (
         torch.Tensor
     )  #: int64, number of the source in the blend that a token comes from; -1 = padding or unknown
@@ -94,7 +113,7 @@ class Batch:
         room = -self.ids_RT.shape[1] % multiple
         if not room:
             return self
-        fill = {"labels_RT": IGNORED_LABEL, "segments_RT": -1, "origins_RT": -1}
+        fill = {"labels_RT": IGNORED_LABEL, "segments_RT": -1, "origins_RT": -1, "contrasts_RT": -1}
         names = [field.name for field in fields(self) if field.name.endswith("_RT")]
         return replace(self, **{name: F.pad(getattr(self, name), (0, room), value=fill.get(name, 0)) for name in names})
 

@@ -43,7 +43,10 @@ def collate(
     positions = np.zeros((height, width), np.int64)
     segments = np.full((height, width), -1, np.int32)
     origin = np.full((height, width), -1, np.int64)
+    cross_positions = np.zeros((height, width), np.int64)
+    contrasts = np.full((height, width), -1, np.int64)
     visible_lo, visible_hi, sink_lo, sink_hi = (np.zeros((height, width), np.int32) for _ in range(4))
+    text_lo, text_sink_lo, text_sink_hi = (np.zeros((height, width), np.int32) for _ in range(3))
     frame_positions = np.zeros((height, depth), np.int64)
     frame_counts = np.zeros(height, np.int64)
     for row, streams in enumerate(rows):
@@ -55,6 +58,8 @@ def collate(
             kinds[here] = stream.kinds
             weights[here] = stream.weights
             positions[here] = stream.positions
+            cross_positions[here] = stream.cross_positions
+            contrasts[here] = stream.contrasts
             segments[here] = segment
             if origins is not None:
                 origin[here] = origins[row][segment]
@@ -63,6 +68,9 @@ def collate(
             # Sinks inside the window are seen through it already; the two ranges stay disjoint.
             sink_lo[here] = first
             sink_hi[here] = np.minimum(stream.sinks, np.minimum(stream.visible_lo, stream.visible_hi)) + first
+            text_lo[here] = stream.text_lo + start
+            text_sink_lo[here] = start
+            text_sink_hi[here] = np.minimum(stream.text_sinks, stream.text_lo) + start
             frame_positions[row, first : first + len(stream.frames)] = stream.frame_positions
             start += len(stream.ids)
             first += len(stream.frames)
@@ -75,11 +83,16 @@ def collate(
         kinds_RT=torch.from_numpy(kinds),
         weights_RT=torch.from_numpy(weights),
         positions_RT=torch.from_numpy(positions),
+        cross_positions_RT=torch.from_numpy(cross_positions),
+        contrasts_RT=torch.from_numpy(contrasts),
         segments_RT=torch.from_numpy(segments),
         visible_lo_RT=torch.from_numpy(visible_lo),
         visible_hi_RT=torch.from_numpy(visible_hi),
         sink_lo_RT=torch.from_numpy(sink_lo),
         sink_hi_RT=torch.from_numpy(sink_hi),
+        text_lo_RT=torch.from_numpy(text_lo),
+        text_sink_lo_RT=torch.from_numpy(text_sink_lo),
+        text_sink_hi_RT=torch.from_numpy(text_sink_hi),
         origins_RT=torch.from_numpy(origin),
         frames_NCHW=_join_frames([frames for row in rows for _, frames in row], image_size),
         frame_rows_N=torch.from_numpy(np.repeat(np.arange(height), counts)),

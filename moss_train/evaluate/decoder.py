@@ -23,6 +23,7 @@ import torch
 from moss_train.evaluate.config import DecodeConfig
 from moss_train.evaluate.schedule import Schedule, Step
 from moss_train.streams.config import CompilerConfig
+from moss_train.streams.sight import Sight
 from moss_train.streams.template import TurnTemplate
 from moss_train.streams.tokenizer import StreamTokenizer
 
@@ -47,7 +48,7 @@ class _Row:
     running: bool = False  #: a reply is waiting for its next slot
     reply_start_s: float = 0.0  #: of the slot in which the last reply began
     reply_tokens: int = 0  #: tokens of it said so far
-    pending: list[tuple[int, int]] = field(default_factory=list)  #: (token, frames it sees), not yet fed
+    pending: list[int] = field(default_factory=list)  #: tokens not yet fed
 
 
 class StreamingDecoder:
@@ -76,6 +77,7 @@ class StreamingDecoder:
         self._tokenizer = tokenizer
         self._template = TurnTemplate(tokenizer)
         self._compiler = compiler
+        self._sight = Sight.of(compiler)
         self._config = config or DecodeConfig()
         self._rows = [_Row(system) for system in systems]
         self._state = model.start_streams(len(systems), max_tokens, max_frames)
@@ -128,7 +130,8 @@ class StreamingDecoder:
         positions = []
         for row in rows:
             state = self._rows[row]
-            positions.append(state.length + len(state.pending))
+            places = self._sight.places(np.array([True]), state.length + len(state.pending), state.frames)
+            positions.append(int(places.frame_positions[0]))
             state.frames += 1
             self._queue(row, [anchor])
         self._model.add_frames(
@@ -139,35 +142,36 @@ class StreamingDecoder:
         )
 
     def _queue(self, row: int, ids: Sequence[int]) -> None:
-        state = self._rows[row]
-        state.pending += [(token, state.frames) for token in ids]
+        self._rows[row].pending += ids
 
     def _feed(self, rows: Sequence[int]) -> torch.Tensor:
         """Feed what waits in `rows`; returns the logits [len(rows), V] after each row's last token."""
         longest = max(len(self._rows[row].pending) for row in rows)
         # numpy, since filling tensors element by element would cost more than a tiny model's forward
-        ids_RL, positions_RL = (np.zeros((len(self._rows), longest), np.int64) for _ in range(2))
-        lo_RL, hi_RL = (np.zeros((len(self._rows), longest), np.int32) for _ in range(2))
+        ids_RL, positions_RL, cross_RL = (np.zeros((len(self._rows), longest), np.int64) for _ in range(3))
+        lo_RL, hi_RL, text_lo_RL = (np.zeros((len(self._rows), longest), np.int32) for _ in range(3))
         lengths_R = np.zeros(len(self._rows), np.int64)
         for row in rows:
             state = self._rows[row]
-            count = len(state.pending)
-            ids_RL[row, :count], hi_RL[row, :count] = zip(*state.pending, strict=True)
-            positions_RL[row, :count] = np.arange(state.length, state.length + count)
+            tokens, count = np.array(state.pending), len(state.pending)
+            is_anchor = tokens == self._tokenizer.special.anchor
+            places = self._sight.places(is_anchor, state.length, state.frames - int(is_anchor.sum()))
+            ids_RL[row, :count], positions_RL[row, :count] = tokens, places.positions
+            cross_RL[row, :count], text_lo_RL[row, :count] = places.cross_positions, places.text_lo
+            lo_RL[row, :count], hi_RL[row, :count] = places.visible_lo, places.visible_hi
             lengths_R[row] = count
             state.length += count
             state.pending = []
-        if self._compiler.window is not None:
-            lo_RL = np.maximum(0, hi_RL - np.int32(self._compiler.window))
         last_R = torch.from_numpy(lengths_R[list(rows)] - 1).to(self._device)
         logits_RLV = self._model.extend(
             self._state,
-            torch.from_numpy(ids_RL).to(self._device),
-            torch.from_numpy(positions_RL).to(self._device),
-            torch.from_numpy(lengths_R).to(self._device),
+            *(torch.from_numpy(array).to(self._device) for array in (ids_RL, positions_RL, lengths_R)),
             visible_lo_RL=torch.from_numpy(lo_RL).to(self._device),
             visible_hi_RL=torch.from_numpy(hi_RL).to(self._device),
-            sinks=self._compiler.sinks,
+            sinks=self._sight.sinks,
+            cross_positions_RL=torch.from_numpy(cross_RL).to(self._device),
+            text_lo_RL=torch.from_numpy(text_lo_RL).to(self._device),
+            text_sinks=self._sight.text_sinks,
         )
         return logits_RLV[torch.tensor(list(rows), device=self._device), last_R]
 

@@ -124,6 +124,9 @@ def incremental_logits(model: Any, stream: CompiledStream, frames_FCHW: torch.Te
             visible_lo_RL=row(stream.visible_lo, torch.int32),
             visible_hi_RL=row(stream.visible_hi, torch.int32),
             sinks=stream.sinks,
+            cross_positions_RL=row(stream.cross_positions, torch.long),
+            text_lo_RL=row(stream.text_lo, torch.int32),
+            text_sinks=stream.text_sinks,
         )
         pieces.append(logits_RLV[0])
         start = end

@@ -27,6 +27,7 @@ class LayerInputs:
 
     backend: AttentionBackend
     text_rotation: Rotation  #: cos, sin [T, R, 1, D]
+    cross_rotation: Rotation  #: cos, sin [T, R, 1, D] of the cross-attention's queries
     frame_rotation: Rotation | None  #: cos, sin [N, 1, 1, D]; None when cross-attention is not rotated
     features_NPH: torch.Tensor | None  #: projected frames; None when the batch has none or all are cached
     sees_frames_TR1: torch.Tensor | None  #: bool, of the tokens between matrices; None when the batch has no frames
@@ -97,7 +98,7 @@ class CrossAttention(Attention):
     def forward(self, index: int, x_TRH: torch.Tensor, inputs: LayerInputs, selective: bool) -> torch.Tensor:
         q_TRAD = self.query_norm(self.project(self.query, x_TRH))
         if inputs.frame_rotation is not None:
-            q_TRAD = rotate(q_TRAD, *inputs.text_rotation)
+            q_TRAD = rotate(q_TRAD, *inputs.cross_rotation)
         return self.output(recomputed(selective, self._attend, index, q_TRAD, inputs))[0]
 
     def _attend(self, index: int, q_TRAD: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:

@@ -95,11 +95,24 @@ class StreamState:
                 values[rows_N, slots_N] = new_values[0]
 
     @torch.no_grad()
-    def extend(self, ids_RL, positions_RL, lengths_R, visible_lo_RL=None, visible_hi_RL=None, sinks: int = 0):
+    def extend(
+        self,
+        ids_RL,
+        positions_RL,
+        lengths_R,
+        visible_lo_RL=None,
+        visible_hi_RL=None,
+        sinks: int = 0,
+        cross_positions_RL=None,
+        text_lo_RL=None,
+        text_sinks: int = 0,
+    ):
         """Append `lengths_R[r]` (0 allowed) of the tokens `ids_RL[r]`; logits [R, L, V].
 
         A token sees frames `[visible_lo, visible_hi)` and, below `visible_hi`, the first `sinks` frames;
-        by default every frame added so far. Raises ValueError when a row would exceed `max_tokens`.
+        by default every frame added so far; and tokens from `text_lo` on, and the first `text_sinks`, by default all.
+        `cross_positions` are those among the frames, by default `positions`. Raises ValueError when a row would exceed
+        `max_tokens`.
         """
         total_R = self.tokens_R + lengths_R
         if int(total_R.max()) > self.max_tokens:
@@ -111,7 +124,10 @@ class StreamState:
             visible_lo_RL = torch.zeros_like(visible_hi_RL)
         offset_L = torch.arange(new_tokens, device=device)
         last_RL1 = (self.tokens_R[:, None] + offset_L)[..., None]
-        self_mask_RLM = torch.arange(int(total_R.max()), device=device) <= last_RL1
+        token_M = torch.arange(int(total_R.max()), device=device)
+        self_mask_RLM = token_M <= last_RL1
+        if text_lo_RL is not None:
+            self_mask_RLM = self_mask_RLM & ((token_M >= text_lo_RL[..., None]) | (token_M < text_sinks))
         frame_F = torch.arange(int(self.frames_R.max()), device=device)
         lo, hi = visible_lo_RL[..., None], visible_hi_RL[..., None]
         cross_mask_RLF = (frame_F < hi) & ((frame_F >= lo) | (frame_F < sinks))
@@ -119,6 +135,9 @@ class StreamState:
         inputs = LayerInputs(
             backend=_CachedAttention(self, lengths_R, self_mask_RLM, cross_mask_RLF),
             text_rotation=self.model.text_rotation(positions_RL.T),
+            cross_rotation=self.model.text_rotation(
+                (positions_RL if cross_positions_RL is None else cross_positions_RL).T
+            ),
             frame_rotation=self.model.frame_rotation(positions_RL[:, :0]),
             features_NPH=None,
             sees_frames_TR1=sees_TR1 if len(frame_F) else None,

@@ -231,6 +231,7 @@ class VideoModel(nn.Module):
             backend=self._backend(batch, device, held),
             text_rotation=self.text_rotation(batch.positions_RT.T),
             frame_rotation=self.frame_rotation(positions),
+            cross_rotation=self.text_rotation(batch.cross_positions_RT.T),
             features_NPH=None,
             sees_frames_TR1=self._own_tokens(visibility.sees_frames(batch)) if batch.frames else None,
             frame_places=places,
@@ -289,6 +290,7 @@ class VideoModel(nn.Module):
         """Encode frames and append their keys and values to the caches of their rows."""
         state.add_frames(frames_NCHW, rows_N, positions_N)
 
-    def extend(self, state, ids_RL, positions_RL, lengths_R, visible_lo_RL=None, visible_hi_RL=None, sinks: int = 0):
-        """Append `lengths_R[r]` tokens to row r; logits [R, L, V], meaningful for the first `lengths_R[r]` of row r."""
-        return state.extend(ids_RL, positions_RL, lengths_R, visible_lo_RL, visible_hi_RL, sinks)
+    def extend(self, state, *arguments, **options):
+        """Append `lengths_R[r]` tokens to row r; logits [R, L, V], meaningful for the first `lengths_R[r]` of row r.
+        Arguments of `StreamState.extend`."""
+        return state.extend(*arguments, **options)

@@ -18,8 +18,8 @@ class ObjectiveConfig:
     """L = Σ wᵢ (1−pᵢ)^γ CEᵢ / Z over the labels of the global batch."""
 
     weights: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
-    """Factor of each kind of label (text, onset, idle_silence, stop_silence, revision, stale); a kind that is not
-    named keeps its default: 1.0, as the reference trains, and 0.0 for stale, which the reference does not have."""
+    """Factor of each kind of label (text, onset, idle_silence, stop_silence, revision, stale, think); a kind that is
+    not named keeps its default: 1.0, as the reference trains, and 0.0 for stale, which the reference does not have."""
     focal_gamma: float = 0.0
     """γ of the focal factor, on state labels only (silences and the first token of a reply); 0 is off, as the
     reference trains; 2 is Streamo's value."""

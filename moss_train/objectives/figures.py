@@ -11,7 +11,7 @@ from moss_train.streams.compiled import Kind
 
 
 def statistics(outputs: Sequence[LossOutput], sources: int = 0) -> torch.Tensor:
-    """float64 [1 + 3·7 + 6 + 2·S]: the loss, the per-kind sums, masses and counts, the decisions, and the sums and
+    """float64 [1 + 3·8 + 6 + 2·S]: the loss, the per-kind sums, masses and counts, the decisions, and the sums and
     counts of `sources` sources, of all `outputs`.
 
     Add the vectors of several ranks, then make `LossFigures.from_statistics` of the sum. No outputs give zeros.

@@ -29,9 +29,9 @@ class LossOutput:
     """One microbatch's part of the loss, and detached sums for logging that add up over microbatches and ranks."""
 
     loss: torch.Tensor  #: float32 scalar with a graph, already divided by Z: the parts of a global batch sum to L
-    per_kind_sum: torch.Tensor  #: float64 [7], Σ CE: divide by the count for the mean CE of a kind
-    per_kind_mass: torch.Tensor  #: float64 [7], Σ w (1−p)^γ CE: what each kind contributes to L before Z
-    per_kind_count: torch.Tensor  #: float64 [7], trained labels
+    per_kind_sum: torch.Tensor  #: float64 [8], Σ CE: divide by the count for the mean CE of a kind
+    per_kind_mass: torch.Tensor  #: float64 [8], Σ w (1−p)^γ CE: what each kind contributes to L before Z
+    per_kind_count: torch.Tensor  #: float64 [8], trained labels
     per_source_sum: torch.Tensor  #: float64 [S], Σ CE of the labels of each source of the blend
     per_source_count: torch.Tensor  #: float64 [S], trained labels
     decisions: torch.Tensor  #: int64 [len(Decision)], zeros when the loss does not know the silence token

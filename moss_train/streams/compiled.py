@@ -21,6 +21,7 @@ class Kind(IntEnum):
     STOP_SILENCE = 4  #: the silence that ends a reply
     REVISION = 5  #: every token of a reply that supersedes an earlier one, its first included
     STALE = 6  #: a reply that is known to be wrong or silence on a stale answer
+    THINK = 7  #: a token of a think unit, its marks included: never heard, so no decision to speak
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class CompiledStream:
     labels never cross a stream when rows are packed. `labels[t] == IGNORED_LABEL` iff `kinds[t] == 0`.
     `visible_lo/hi[t]` are the half-open range of this stream's frames that token t may attend to;
     frames below `sinks` are visible too as soon as they have arrived (are below `visible_hi`).
+    Of this stream's tokens, token t may attend to `text_lo[t]` to t and to the first `text_sinks`.
     """
 
     key: str
@@ -65,9 +67,15 @@ class CompiledStream:
     weights: np.ndarray  #: float32 [T], the compiler policy's factor (1.0 by default); the objective multiplies its own
     visible_lo: np.ndarray  #: int32 [T]
     visible_hi: np.ndarray  #: int32 [T]
+    text_lo: np.ndarray  #: int32 [T]
     positions: np.ndarray  #: int32 [T], rotary position of each token
-    frame_positions: np.ndarray  #: int32 [F], rotary position of each frame (that of its anchor)
+    cross_positions: np.ndarray  #: int32 [T], that of its cross-attention query, among the frames
+    frame_positions: np.ndarray  #: int32 [F], rotary position of each frame
+    #: int32 [T], -1 or the token that a superseded reply has where its revision has `labels[t]`: the first in which
+    #: they differ, behind a common beginning
+    contrasts: np.ndarray
     frames: tuple[FrameRequest, ...]  #: F requests, in arrival order
     sinks: int = 0
+    text_sinks: int = 0
     slots: tuple[Slot, ...] = field(default_factory=tuple)  #: empty unless kind is "stream"
     part: int = 0  #: which part of the sample's stream this is, where it was split (see split.py)

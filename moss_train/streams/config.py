@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from moss_train.errors import ConfigError
+from moss_train.streams.sight import POSITION_SCHEMES
 
 #: role of a special token -> the string that stands for it in the reference's tokenizer (model_facts B)
 REFERENCE_SPECIAL_STRINGS: dict[str, str] = {
@@ -87,6 +88,17 @@ class CompilerConfig:
     sinks: int = 0
     """First frames of a stream that stay visible beside the window; needs `window`."""
 
+    text_window: int | None = None
+    """A token attends to at most this many of the latest tokens, itself and anchors included; null = to all."""
+
+    text_sinks: int = 0
+    """First tokens of a stream that stay visible beside the text window (the system prompt); needs `text_window`."""
+
+    positions: str = "shared"
+    """Rotary positions: `shared` (a frame stands where its anchor stands in the text, as in MOSS-Video-Preview) or
+    `decoupled` (text and frames have an axis each: an anchor takes no place in the text, frame f stands at f and a
+    token looks at the frames from where the latest of them stands, as TaYS' group positions)."""
+
     train_turn_end_offline: bool = True
     """Train the end-of-turn token in conversations, as the reference does (never in streams: silence ends a reply)."""
 
@@ -108,6 +120,16 @@ class CompilerConfig:
         )
         self._require("sinks", self.sinks >= 0, "must not be negative")
         self._require("sinks", self.sinks == 0 or self.window is not None, "has no effect without compiler.window")
+        self._require(
+            "text_window", self.text_window is None or self.text_window >= 1, "must be at least 1 token, or null"
+        )
+        self._require("text_sinks", self.text_sinks >= 0, "must not be negative")
+        self._require(
+            "text_sinks",
+            self.text_sinks == 0 or self.text_window is not None,
+            "has no effect without compiler.text_window",
+        )
+        self._require("positions", self.positions in POSITION_SCHEMES, f"is none of {', '.join(POSITION_SCHEMES)}")
 
     def _require(self, name: str, holds: bool, remedy: str) -> None:
         if not holds:

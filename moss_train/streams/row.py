@@ -7,6 +7,7 @@ import numpy as np
 from moss_train.streams.compiled import IGNORED_LABEL, CompiledStream, FrameRequest, Kind, Slot
 from moss_train.streams.config import CompilerConfig
 from moss_train.streams.jitter import swap_anchors
+from moss_train.streams.sight import Sight
 from moss_train.streams.tokenizer import StreamTokenizer
 
 
@@ -52,9 +53,8 @@ class RowWriter:
         labels_T = np.full(len(ids_T), IGNORED_LABEL, dtype=np.int32)
         labels_T[:-1] = ids_T[1:]
         labels_T[kinds_T == Kind.IGNORED] = IGNORED_LABEL
-        is_anchor_T = ids_T == self._special.anchor
-        hi_T = np.cumsum(is_anchor_T, dtype=np.int32)
-        lo_T = np.zeros_like(hi_T) if config.window is None else np.maximum(0, hi_T - np.int32(config.window))
+        sight = Sight.of(config)
+        places = sight.places(ids_T == self._special.anchor)
         return CompiledStream(
             key=key,
             kind=kind,
@@ -62,12 +62,16 @@ class RowWriter:
             labels=labels_T,
             kinds=kinds_T,
             weights=(kinds_T != Kind.IGNORED).astype(np.float32),
-            visible_lo=lo_T,
-            visible_hi=hi_T,
-            positions=np.arange(len(ids_T), dtype=np.int32),
-            frame_positions=np.flatnonzero(is_anchor_T).astype(np.int32),
+            visible_lo=places.visible_lo,
+            visible_hi=places.visible_hi,
+            text_lo=places.text_lo,
+            positions=places.positions,
+            cross_positions=places.cross_positions,
+            frame_positions=places.frame_positions,
+            contrasts=np.full(len(ids_T), -1, dtype=np.int32),
             frames=frames,
-            sinks=config.sinks,
+            sinks=sight.sinks,
+            text_sinks=sight.text_sinks,
             slots=slots,
             part=part,
         )

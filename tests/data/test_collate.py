@@ -22,9 +22,13 @@ def random_stream(draw: np.random.Generator, key: str, tokens: int, frames: int,
         visible_lo=np.maximum(hi - 3, 0).astype(np.int32),
         visible_hi=hi,
         positions=np.arange(tokens, dtype=np.int32),
+        text_lo=np.maximum(np.arange(tokens) - 4, 0).astype(np.int32),
+        cross_positions=draw.integers(0, 9, tokens).astype(np.int32),
+        contrasts=np.full(tokens, -1, np.int32),
         frame_positions=np.sort(draw.integers(0, tokens, frames)).astype(np.int32),
         frames=tuple(FrameRequest("v0", float(n)) for n in range(frames)),
         sinks=sinks,
+        text_sinks=sinks,
     )
 
 

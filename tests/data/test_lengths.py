@@ -120,6 +120,7 @@ def test_measured_once_and_anew_when_they_could_be_others(folder: Path, monkeypa
     assert lengths_of(opened(folder)).digest == first.digest and len(counts) == 1
     same = {"jitter_probability": 0.5, "window": 3, "sinks": 1}
     same |= {"train_turn_end_offline": False, "stale_silence_guard": False}
+    same |= {"text_window": 9, "text_sinks": 2, "positions": "decoupled"}
     assert set(same) == set(LENGTHLESS)
     assert lengths_of(opened(folder, CompilerConfig(**same))).digest == first.digest and len(counts) == 1
     others = [CompilerConfig(fps=2.0), CompilerConfig(max_frames=4), CompilerConfig(tokens_per_second=5.0)]

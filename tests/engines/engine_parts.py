@@ -5,7 +5,7 @@ from moss_train import parallel  # noqa: F401  the CPU seam goes in before megat
 # isort: split
 import torch
 
-from moss_train.data.batch import Batch
+from moss_train.data.batch import Batch, plain_places
 from moss_train.engines.config import OptimConfig
 from moss_train.model.config import ModelConfig, TextConfig, VisionConfig
 from moss_train.model.groups import parameter_groups
@@ -79,6 +79,7 @@ def batch(seed: int, rows: int = 2, length: int = 10, frames: int = 3) -> Batch:
         sink_lo_RT=zeros.clone(),
         sink_hi_RT=zeros.clone(),
         origins_RT=torch.full_like(ids_RT, -1),
+        **plain_places(positions_RT),
         frames_NCHW=torch.randint(0, 256, (rows * frames, 3, 16, 16), generator=generator).to(torch.uint8),
         frame_rows_N=torch.arange(rows).repeat_interleave(frames),
         frame_slots_N=torch.arange(frames).repeat(rows),

@@ -59,7 +59,7 @@ class ScriptedModel(torch.nn.Module):
             self.frames[row] += 1
             assert self.frames[row] <= self.max_frames
 
-    def extend(self, state, ids_RL, positions_RL, lengths_R, visible_lo_RL=None, visible_hi_RL=None, sinks=0):
+    def extend(self, state, ids_RL, positions_RL, lengths_R, visible_lo_RL=None, visible_hi_RL=None, sinks=0, **more):
         self.extend_calls += 1
         ids, positions = ids_RL.tolist(), positions_RL.tolist()
         lo, hi = visible_lo_RL.tolist(), visible_hi_RL.tolist()

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from moss_train.data.batch import Batch
+from moss_train.data.batch import Batch, plain_places
 from moss_train.model.config import ModelConfig, TextConfig, VisionConfig
 
 IMAGE = 28
@@ -94,6 +94,7 @@ def pack(rows: list[list[dict]], padding: int = 0) -> Batch:
         sink_lo_RT=out["slo"].int(),
         sink_hi_RT=out["shi"].int(),
         origins_RT=torch.full_like(out["ids"], -1),
+        **plain_places(out["positions"]),
         frames_NCHW=torch.cat(pixels) if pixels else torch.zeros(0, 3, IMAGE, IMAGE, dtype=torch.uint8),
         frame_rows_N=torch.tensor(frame_rows, dtype=torch.int64),
         frame_slots_N=torch.tensor(frame_slots, dtype=torch.int64),

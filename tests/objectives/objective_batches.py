@@ -2,7 +2,7 @@
 
 import torch
 
-from moss_train.data.batch import Batch
+from moss_train.data.batch import Batch, plain_places
 from moss_train.streams.compiled import IGNORED_LABEL, Kind
 
 VOCABULARY = 23
@@ -27,6 +27,7 @@ def batch_of(kinds, labels, weights=None, segments=None) -> Batch:
         sink_lo_RT=zeros.clone(),
         sink_hi_RT=zeros.clone(),
         origins_RT=torch.full_like(kinds_RT.long(), -1),
+        **plain_places(torch.arange(length).expand(rows, length)),
         frames_NCHW=torch.zeros(0, 3, 2, 2, dtype=torch.uint8),
         frame_rows_N=torch.zeros(0, dtype=torch.int64),
         frame_slots_N=torch.zeros(0, dtype=torch.int64),

@@ -11,7 +11,15 @@ from moss_train.objectives.config import ObjectiveConfig
 from moss_train.objectives.streaming_loss import StreamingLoss
 from moss_train.streams.compiled import IGNORED_LABEL, Kind
 
-WEIGHTS = {"text": 1.0, "onset": 2.0, "idle_silence": 0.1, "stop_silence": 0.7, "revision": 1.5, "stale": 0.25}
+WEIGHTS = {
+    "text": 1.0,
+    "onset": 2.0,
+    "idle_silence": 0.1,
+    "stop_silence": 0.7,
+    "revision": 1.5,
+    "stale": 0.25,
+    "think": 0.6,
+}
 
 
 def dense_loss(logits_TRV, batch, config: ObjectiveConfig) -> torch.Tensor:

@@ -38,7 +38,16 @@ LENGTHS_SCHEMA = "moss_train/lengths@1"
 #: raised when the compiler begins to give other lengths for the same settings
 LENGTHS_VERSION = 1
 #: settings of the compiler on which no length depends
-LENGTHLESS = ("jitter_probability", "window", "sinks", "train_turn_end_offline", "stale_silence_guard")
+LENGTHLESS = (
+    "jitter_probability",
+    "window",
+    "sinks",
+    "text_window",
+    "text_sinks",
+    "positions",
+    "train_turn_end_offline",
+    "stale_silence_guard",
+)
 #: samples of one job
 _JOB_SAMPLES = 64
 #: sources with fewer samples are measured at once, before a process would have started
