@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from moss_train.model.flash import PackedStreams, packed_causal_attention
 from moss_train.model.frame_parallel import frame_parallel_attention, frames_of
 from moss_train.model.recompute import touch
+from moss_train.model.text_window import WindowPlan
 from moss_train.model.visibility import AttentionPlan
 
 
@@ -39,7 +40,7 @@ def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
-def _collect(results: list[torch.Tensor], plan: AttentionPlan, tokens: int, rows: int, like: torch.Tensor):
+def _collect(results: list[torch.Tensor], plan: AttentionPlan | WindowPlan, tokens: int, rows: int, like: torch.Tensor):
     """Bring the groups' results back into token order; tokens without a result get the zero row."""
     width = like.shape[-2] * like.shape[-1]
     zero = like.new_zeros(1, width)
@@ -52,6 +53,8 @@ class SegmentAttention:
 
     frame_group: processes that share the frames; each holds a part of them, and `cross_plan` is over that part.
     streams: the tokens laid end to end, when FlashAttention does the self-attention.
+    windows: chunks of queries with their masks, when tokens see the latest of their stream alone; the others are not
+    asked then.
     """
 
     def __init__(
@@ -60,16 +63,25 @@ class SegmentAttention:
         cross_plan: AttentionPlan,
         frame_group=None,
         streams: PackedStreams | None = None,
+        windows: WindowPlan | None = None,
     ):
         self.self_plan = self_plan
         self.cross_plan = cross_plan
         self.frame_group = frame_group
         self.streams = streams
+        self.windows = windows
 
     def self_attention(self, layer, q_TRAD, k_TRBD, v_TRBD):
+        tokens, rows = q_TRAD.shape[:2]
+        if self.windows is not None:
+            q, k, v = (x.flatten(0, 1) for x in (q_TRAD, k_TRBD, v_TRBD))
+            results = [
+                _attend(_take(q, group.queries_GL), *(_take(x, group.keys_GK) for x in (k, v)), group.mask_GLK[:, None])
+                for group in self.windows.groups
+            ]
+            return _collect(results, self.windows, tokens, rows, q_TRAD)
         if self.streams is not None:
             return packed_causal_attention(q_TRAD, k_TRBD, v_TRBD, self.streams)
-        tokens, rows = q_TRAD.shape[:2]
         if self.self_plan is None:
             mixed = _attend(*(x.transpose(0, 1) for x in (q_TRAD, k_TRBD, v_TRBD)), causal=True)
             return mixed.transpose(0, 1).reshape(tokens, rows, -1)

@@ -21,6 +21,7 @@ from moss_train.model.precision import Precision
 from moss_train.model.projector import Projector, pooled_features
 from moss_train.model.recompute import recomputed
 from moss_train.model.rotary import RotaryTable
+from moss_train.model.text_window import has_text_windows, plan_windows
 from moss_train.model.vision_tower import GatedPositionEmbedding, VisionTower
 
 
@@ -255,9 +256,12 @@ class VideoModel(nn.Module):
             return DenseAttention(
                 visibility.dense_self_mask(batch, device), visibility.dense_cross_mask(batch, compat, device)
             )
+        cross_plan = visibility.plan_cross_attention(batch, compat, device, held)
+        if has_text_windows(batch):
+            return SegmentAttention(None, cross_plan, self.frame_group, windows=plan_windows(batch, device))
         return SegmentAttention(
             visibility.plan_self_attention(batch, device),
-            visibility.plan_cross_attention(batch, compat, device, held),
+            cross_plan,
             self.frame_group,
             lay_out_streams(batch.segments_RT, device) if self._has_flash(device) else None,
         )

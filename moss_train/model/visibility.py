@@ -174,8 +174,12 @@ def dense_cross_mask(batch: Batch, reference_compat: bool, device: torch.device)
 
 
 def dense_self_mask(batch: Batch, device: torch.device) -> torch.Tensor:
-    """Causal attention inside each stream as a mask, bool [R, T, T], True = visible; padding sees itself."""
+    """Causal attention inside each stream's text window and sinks as a mask, bool [R, T, T], True = visible; padding
+    sees itself."""
     segments = batch.segments_RT
     tokens = segments.shape[1]
     same = segments[:, :, None] == segments[:, None, :]
-    return (same & torch.ones(tokens, tokens, dtype=torch.bool).tril()).to(device)
+    lo, sink_lo, sink_hi = (x[..., None] for x in (batch.text_lo_RT, batch.text_sink_lo_RT, batch.text_sink_hi_RT))
+    key = torch.arange(tokens, device=segments.device)
+    causal = key <= key[:, None]
+    return (same & causal & ((key >= lo) | ((key >= sink_lo) & (key < sink_hi)))).to(device)

@@ -141,7 +141,15 @@ class Diet:
     compiler: CompilerConfig = field(default_factory=lambda: CompilerConfig(tokens_per_second=4.0))
 
 
-_WINDOWED = CompilerConfig(tokens_per_second=4.0, window=2, sinks=1, jitter_probability=0.5)
+_WINDOWED = CompilerConfig(
+    tokens_per_second=4.0,
+    window=2,
+    sinks=1,
+    text_window=20,
+    text_sinks=4,
+    positions="decoupled",
+    jitter_probability=0.5,
+)
 DIETS: dict[str, Diet] = {
     "mixed": Diet(((revised, interrupted, chat, watched, picture), (clip, revised, glimpse), (watched, chat, clip))),
     "windowed": Diet(((revised, watched, clip, interrupted), (interrupted, picture, chat)), _WINDOWED),
