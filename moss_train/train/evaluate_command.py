@@ -14,7 +14,7 @@ from moss_train.evaluate.runner import evaluate_streams
 from moss_train.evaluate.transcript import write_transcripts
 from moss_train.report.html import write_html
 from moss_train.report.quickstart import Requirements, build_report, print_report, write_report
-from moss_train.report.timelines import timeline_pictures
+from moss_train.report.stream_view import stream_views
 from moss_train.train.restore import load_model, stage_of
 
 
@@ -84,13 +84,14 @@ def evaluate_command(options: EvaluateOptions) -> int:
         out.mkdir(parents=True, exist_ok=True)
         write_transcripts(result.transcripts, out / "transcripts.jsonl")
         write_report(report, out / "report.json")
-        pictures = timeline_pictures(
+        streams = stream_views(
             result.transcripts,
             lambda key: corpus.all_frames(corpus.index.number(key)).numpy(),
             judge,
             options.pictures,
+            options.settings.window_frames,
         )
         facts = {"checkpoint": options.ckpt, "stage": stage, "streams": source}
-        page = write_html(out / "report.html", report, requirements, pictures=pictures, facts=facts)
+        page = write_html(out / "report.html", report, requirements, streams=streams, facts=facts)
         console.print(f"written to {page.parent}")
     return 0

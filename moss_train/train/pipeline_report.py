@@ -16,7 +16,7 @@ from moss_train.evaluate.transcript import write_transcripts
 from moss_train.report.html import write_html
 from moss_train.report.metrics_file import FILE_NAME, read_metrics
 from moss_train.report.quickstart import FULL, SMOKE, Requirements, build_report, print_report, write_report
-from moss_train.report.timelines import timeline_pictures
+from moss_train.report.stream_view import stream_views
 from moss_train.train.compose import load_run, resolved_dict
 from moss_train.train.evaluation import Evaluator
 from moss_train.train.restore import build_model, load_model
@@ -95,11 +95,12 @@ def report_command(options: ReportOptions) -> int:
     write_report(report, folder / "report.json")
     write_transcripts(results[""].transcripts, folder / "transcripts.jsonl")
     corpus = evaluator.corpus(compiler)
-    pictures = timeline_pictures(
+    streams = stream_views(
         results[""].transcripts,
         lambda key: corpus.all_frames(corpus.index.number(key)).numpy(),
         evaluator.judge,
         options.pictures,
+        run.evaluate.settings.window_frames,
     )
     metrics = folder / FILE_NAME
     page = write_html(
@@ -107,7 +108,7 @@ def report_command(options: ReportOptions) -> int:
         report,
         requirements,
         rows=read_metrics(metrics) if metrics.is_file() else (),
-        pictures=pictures,
+        streams=streams,
         facts={"run": run.name, "model": run.model.name, "stages": " → ".join(stages), "streams": run.evaluate.source},
         settings=resolved_dict(run),
     )
