@@ -8,9 +8,9 @@ from moss_train.report.columns import StreamColumns
 from moss_train.report.words import escaped
 
 #: rows of one table; the rest stands in the transcripts alone
-_MOST_ROWS = 200
+_MOST_ROWS = 120
 #: letters of one reply
-_MOST_LETTERS = 600
+_MOST_LETTERS = 500
 #: a longer table is closed until the reader opens it
 _OPEN_ROWS = 24
 _BAD, _GOOD = '<span class="bad-tag">{}</span>', '<span class="good-tag">{}</span>'
@@ -106,16 +106,14 @@ def _lag(transcript: StreamTranscript, finding: Finding, side: str) -> str:
         parts.append("before it")
     spent_s = _spent_s(transcript, finding.reply.slot) if side == "m" else None
     if spent_s is not None:
-        parts.append(f"{1000 * spent_s:.0f} ms to decide")
+        parts.append(f"{1000 * spent_s:.0f} ms by the clock")
     return " · ".join(parts)
 
 
 def _spent_s(transcript: StreamTranscript, slot: int) -> float | None:
-    """Seconds by the clock on the wall from the event to the first word, where the transcript's notes hold them."""
-    spent = transcript.notes.get("slot_latency_s")
-    if not isinstance(spent, list) or len(spent) != len(transcript.slots):
-        return None
-    return spent[slot]
+    """Seconds of the wall clock from the slot's event to the first word out, of a stream that was live."""
+    emitted_s = getattr(transcript.slots[slot], "emitted_s", None)
+    return None if emitted_s is None else emitted_s - transcript.slots[slot].time_s
 
 
 def _notes(

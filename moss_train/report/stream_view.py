@@ -24,7 +24,7 @@ MOST_BYTES = 150_000
 #: columns of a stream in one line; a longer stream goes on in the next line, unless it is only a little longer
 _LINE_COLUMNS, _MOST_LINE_COLUMNS = 14, 16
 #: a stream that does not fit is drawn as far as this
-_MOST_COLUMNS = 15 * _LINE_COLUMNS
+_MOST_COLUMNS = 9 * _LINE_COLUMNS
 _LEAST_PICTURE_BYTES = 24_000
 #: units of the arrows' and curves' drawings, in which a column is `_UNIT` wide
 _UNIT, _ARC_HEIGHT, _CURVE_HEIGHT = 88.0, 24.0, 26.0
@@ -49,8 +49,8 @@ def stream_views(
 def stream_view(
     transcript: StreamTranscript, frames_FCHW: np.ndarray, judge: Judge, number: int = 1, window_frames: int = 2
 ) -> str:
-    """The HTML of one stream, about `MOST_BYTES` long at most. `number` tells its anchors from those of other streams on
-    the page."""
+    """The HTML of one stream, at most `MOST_BYTES` long. `number` tells its anchors from those of other streams on the
+    page."""
     view = stream_columns(transcript, judge, window_frames)
     title = f'<h3>{escaped(transcript.key, 200)}</h3> <p class="caption">· {stream_caption(view)}</p>'
     table = said_table(view, number)

@@ -18,6 +18,8 @@ from moss_train.data.shards.index import KINDS
 from moss_train.errors import ConfigError, MossTrainError
 from moss_train.evaluate.config import DecodeConfig
 from moss_train.evaluate.live import LivePrinter, live_schedule, play
+from moss_train.report.caption_track import captions_of
+from moss_train.report.captions import caption_clip, check_save
 from moss_train.streams.schema import StreamSample
 from moss_train.train.restore import load_model, stage_of
 
@@ -46,6 +48,8 @@ class StreamOptions:
     """Seconds of the clip per second; 0 plays as fast as the model can."""
     max_seconds: float = 300.0
     """The clip is cut after this many seconds."""
+    save: str | None = None
+    """Video file (`out.mp4`) to write: the clip at its own rate, and below it what was said; null writes none."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     """How replies are read from predictions."""
 
@@ -59,6 +63,8 @@ class StreamOptions:
         ):
             if not holds:
                 raise ConfigError(f"{name}={getattr(self, name)}: {remedy}")
+        if self.save is not None:
+            check_save(self.save, self.video)
         self.asked()
 
     def asked(self) -> list[tuple[float, str]]:
@@ -102,6 +108,10 @@ def stream_command(options: StreamOptions) -> int:
     printer = LivePrinter(console, tokenizer)
     result = play(model, tokenizer, compiler, schedule, frames_FCHW, options.speed, options.decode, printer)
     console.print(Text(result.summary(), "dim"), soft_wrap=True)
+    if options.save is not None:
+        events = captions_of(schedule.steps, result.outputs, tokenizer, compiler.tokens_per_second)
+        count = caption_clip(Path(options.save), data, probe, events, duration_s)
+        console.print(f"written to {options.save}, {count} pictures", markup=False)
     return 0
 
 

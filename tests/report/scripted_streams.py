@@ -96,7 +96,6 @@ def eventful_stream() -> StreamTranscript:
             Revision("a6", "On the left.", "Now at the top.", where, moved),
         ],
         confirmations=[Confirmation(holds, "Now blue."), Confirmation(holds_again, "Now green.")],
-        slot_latency_s=[0.031 + 0.001 * (ordinal % 7) for ordinal in range(len(script.slots))],
     )
 
 

@@ -155,8 +155,7 @@ def test_revisions_lead_to_what_they_supersede():
     assert '<s class="old">It is red.</s>' in row and 'href="#s4m1"' in row
     assert '<s class="old">' not in re.search(r'<tr id="s4m1">.*?</tr>', html)[0]
     assert "stale answer" in page.below["s4m2"] and "false revision" in page.below["s4m3"]
-    assert "1 frame, 1 s · 33 ms to decide" in page.below["s4m1"]
-    assert "at once" in page.below["s4r1"] and "ms" not in page.below["s4r1"]
+    assert "1 frame, 1 s" in page.below["s4m1"] and "at once" in page.below["s4r1"]
 
 
 def arrows(html: str) -> list[list[tuple[float, float]]]:
@@ -280,7 +279,7 @@ def test_a_stream_stays_small_whatever_it_holds():
     for number in range(400):
         script.frame("word " * 20 if number % 3 else "", f"{number} " * 30 if number % 2 else "")
     html = stream_view(script.done(), noise, TextJudge())
-    assert len(html.encode()) < 2.2 * MOST_BYTES
+    assert len(html.encode()) < MOST_BYTES
     assert "more slots" in html and "more in the transcript" in html
     quiet = Script("quiet")
     quiet.user("Is anything there?")

@@ -245,6 +245,27 @@ def _in_sequence(
     return DecodedArrays(canvas.frames(back), "pyav", np.array(shown)[back])
 
 
+def each_picture(data: bytes, facts: MediaProbe, key: str = "", limits: DecodeLimits | None = None) -> Iterator:
+    """(seconds from the first picture, uint8 RGB [H, W, 3]) of every picture of a video in order, upright, at its own
+    size; one at a time is held. Raises SampleError when the video does not decode, or not any further."""
+    import av
+    from av.video.reformatter import VideoReformatter
+
+    limits, reformatter, empty = limits or DecodeLimits(), VideoReformatter(), True
+    try:
+        with open_video(data, facts.container, key) as (opened, stream):
+            clock = _Clock(stream, stored_times_only=facts.container == "avi")
+            for frame in clock.listen(packets_of(opened, stream, len(data), key)):
+                check_pixels(frame.width, frame.height, limits.max_pixels, key)
+                picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                yield clock.time_of(frame), np.rot90(picture, quarter_turns(frame.rotation))
+                empty = False
+    except av.FFmpegError as error:
+        raise SampleError(key, f"video does not decode: {error}") from error
+    if empty:
+        raise SampleError(key, "video holds no picture")
+
+
 class _Clock:
     """Times of decoded pictures from the first one's; counts at the average rate where stamps are missing."""
 
