@@ -175,38 +175,39 @@ class Stage:
 
     def draw(self, picture_HWC: np.ndarray, time_s: float) -> np.ndarray:
         """uint8 RGB [height, width, 3]: the picture with what is said at `time_s`."""
-        canvas = Image.new("RGB", (self.width, self.height), DARK["back"])
         left, top, width, height = self.picture
-        image = Image.fromarray(np.ascontiguousarray(picture_HWC))
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-        canvas.paste(Image.new("RGB", (self.width, self.panel), "black"), (0, 0))
-        canvas.paste(image, (left, top))
+        if picture_HWC.shape[:2] != (height, width):
+            image = Image.fromarray(np.ascontiguousarray(picture_HWC))
+            picture_HWC = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
         index = self.track.index_at(time_s)
-        self._draw_status(ImageDraw.Draw(canvas), self.track.states[index], time_s)
-        drawn = np.array(canvas)
         if self._words is None or self._words[0] != index:
             self._words = (index, self._draw_words(index))
-        drawn[self.panel + self._bar + self._status :] = self._words[1]
-        return drawn
+        canvas_HWC = np.zeros((self.height, self.width, 3), np.uint8)
+        canvas_HWC[top : top + height, left : left + width] = picture_HWC
+        words_top = self.panel + self._bar + self._status
+        canvas_HWC[self.panel : words_top] = self._draw_status(self.track.states[index], time_s)
+        canvas_HWC[words_top:] = self._words[1]
+        return canvas_HWC
 
-    def _draw_status(self, draw: ImageDraw.ImageDraw, state: Shown, time_s: float) -> None:
+    def _draw_status(self, state: Shown, time_s: float) -> np.ndarray:
         """The line that fills with time, what the model is doing, and the time."""
-        scale = self.width / max(self.length_s, time_s, 1e-9)
-        box = self.panel, self.panel + self._bar - 1
-        draw.rectangle((0, box[0], self.width, box[1]), DARK["silence"])
+        image = Image.new("RGB", (self.width, self._bar + self._status), DARK["back"])
+        draw = ImageDraw.Draw(image)
+        scale, bottom = self.width / max(self.length_s, time_s, 1e-9), self._bar - 1
+        draw.rectangle((0, 0, self.width, bottom), DARK["silence"])
         for start_s, end_s, mode in self.track.stretches(time_s):
-            draw.rectangle((start_s * scale, box[0], end_s * scale, box[1]), _FILLS[mode])
+            draw.rectangle((start_s * scale, 0, end_s * scale, bottom), _FILLS[mode])
         for earlier, later in zip(self.track.states, self.track.states[1:], strict=False):
             if later.user != earlier.user and later.time_s <= time_s:
-                draw.rectangle((later.time_s * scale - 1, box[0], later.time_s * scale + 2, box[1]), DARK["user"])
-        top = self.panel + self._bar + self.letters.size // 4
+                draw.rectangle((later.time_s * scale - 1, 0, later.time_s * scale + 2, bottom), DARK["user"])
+        top = self._bar + self.letters.size // 4
         names = {"silence": f"silent {int(max(0.0, time_s - state.mode_since_s))} s", "speak": "speaks"}
         name = names.get(state.mode, "revises its answer")
         self.small.draw(draw, self._margin, top, f"{_MARKS[state.mode]} {name}", _INKS[state.mode])
         minutes, tenths = divmod(int(10 * time_s + 1e-6), 600)
         code = f"{minutes}:{tenths / 10:04.1f}"
         self.small.draw(draw, self.width - self._margin - self.small.width(code), top, code, DARK["muted"])
+        return np.asarray(image)
 
     def _draw_words(self, index: int) -> np.ndarray:
         state = self.track.states[index]

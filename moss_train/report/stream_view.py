@@ -52,7 +52,9 @@ def stream_view(
     """The HTML of one stream, at most `MOST_BYTES` long. `number` tells its anchors from those of other streams on the
     page."""
     view = stream_columns(transcript, judge, window_frames)
-    title = f'<h3>{escaped(transcript.key, 200)}</h3> <p class="caption">· {stream_caption(view)}</p>'
+    name = f'<h3><a href="#s{number}" title="only this stream">{escaped(transcript.key, 200)}</a></h3>'
+    caption = f'<p class="caption">· {stream_caption(view)}</p>'
+    title = f'<div class="title">{name} {caption} <a class="all" href="#">all streams</a></div>'
     table = said_table(view, number)
     bare = len((title + table + _lines(view, {}, False, number)).encode())
     frames_FCHW = without_padding(frames_FCHW)

@@ -36,7 +36,10 @@ td.main {{ font-weight: 650; }} td.reached {{ color: var(--good); }} td.missed {
 .chip {{ display: inline-block; width: 1.5em; height: .95em; border-radius: 4px; vertical-align: -.1em;
   margin-right: .4em; box-sizing: border-box; }}
 details pre {{ overflow-x: auto; font-size: .82rem; }} summary {{ cursor: pointer; color: var(--muted); }}
-.stream {{ margin: 0 0 1.2rem; }} .stream .caption {{ display: inline; }}
+.stream {{ margin: 0 0 1.2rem; }} h3 a {{ text-decoration: none; }} .all {{ display: none; float: right; }}
+main:has(> .stream:target) > :not(:target, .legend) {{ display: none; }} .stream:target .all {{ display: inline; }}
+.stream:target {{ scroll-margin-top: 100vh; }}
+ .stream .caption {{ display: inline; }}
 .line {{ display: grid; grid-template-columns: 4.7rem repeat(var(--columns), minmax(0, 1fr)); min-width: 1020px;
   font-size: 12px; line-height: 1.25; margin-top: .7rem; }}
 .line > b {{ grid-column: 1; align-self: center; text-align: right; padding-right: .6rem; color: var(--muted);
@@ -73,7 +76,7 @@ details pre {{ overflow-x: auto; font-size: .82rem; }} summary {{ cursor: pointe
 .said {{ margin-top: .8rem; font-size: .88rem; }} .said table {{ margin-top: .4rem; }}
 .said th, .said td {{ text-align: left; vertical-align: top; padding: .22rem .6rem; }}
 .said td:first-child, .said td.lag, .said th {{ white-space: nowrap; color: var(--muted); }}
-.said td.notes {{ min-width: 15rem; }} .said td.words {{ width: 60%; }}
+.said td.notes {{ min-width: 15rem; }} .said td.words {{ width: 55%; }}
 .said td.words {{ overflow-wrap: anywhere; }} .said .who {{ white-space: nowrap; }}
 .said tr:target {{ outline: 2px solid var(--revise); outline-offset: -2px; }}
 .said .key {{ width: .8em; height: .8em; vertical-align: 0; }}
@@ -85,10 +88,12 @@ details pre {{ overflow-x: auto; font-size: .82rem; }} summary {{ cursor: pointe
 .chip.asked {{ background: none; border: 2px solid var(--muted); }}
 .old {{ color: var(--muted); }}
 @media print {{
-  body {{ background: none; font-size: 12px; }} main {{ max-width: none; padding: 0; }}
+  html {{ font-size: 10px; }} body {{ background: none; font-size: 11px; }} main {{ max-width: none; padding: 0; }}
   .line {{ min-width: 0; break-inside: avoid; font-size: 8.5px; }}
   .n {{ font-size: 8px; }} .scroll {{ overflow: visible; }}
-  h2, h3 {{ break-after: avoid; }} tr {{ break-inside: avoid; }}
+  h2, .title, .legend {{ break-after: avoid; }} tr, .title {{ break-inside: avoid; }}
+  .said {{ font-size: 9.5px; }} .said td.notes {{ min-width: 0; }} .said th, .said td {{ padding: .2rem .3rem; }}
+  .c {{ min-height: 2.4rem; padding: 1px 2px; }} .f {{ min-height: 1.6rem; }}
   * {{ print-color-adjust: exact; -webkit-print-color-adjust: exact; }}
 }}
 """

@@ -1,6 +1,11 @@
-"""Streams told slot by slot, for what a page has to show: revisions, interruptions, mistakes, long silences."""
+"""Streams told slot by slot, for what a page has to show: revisions, interruptions, mistakes, long silences.
+
+`python tests/report/scripted_streams.py page.html` writes a page of them to look at.
+"""
 
 import colorsys
+import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -111,3 +116,13 @@ def moving_frames(count: int, height: int = 90, width: int = 160) -> np.ndarray:
         left = int((0.5 + 0.4 * np.sin(number / 9)) * (width - height // 3))
         frames[number, :, height // 3 : 2 * height // 3, left : left + height // 3] = colour[:, None, None]
     return frames
+
+
+if __name__ == "__main__":
+    from moss_train.evaluate.judges import TextJudge
+    from moss_train.report.html import document, legend
+    from moss_train.report.stream_view import stream_view
+
+    stream = eventful_stream()
+    html = stream_view(stream, moving_frames(len(stream.slots)), TextJudge())
+    Path(sys.argv[1]).write_text(document("scripted streams", legend() + html), encoding="utf-8")

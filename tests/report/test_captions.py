@@ -50,7 +50,7 @@ def decoded(path: Path) -> tuple[list[float], list[np.ndarray], float]:
 
 
 def test_what_stands_there_at_each_moment():
-    track = CaptionTrack(TALK[::-1][::-1])
+    track = CaptionTrack(TALK)
     seen = {t: track.at(t) for t in (0.5, 1.2, 1.7, 2.5, 3.2, 4.5, 5.2, 5.7, 6.5, 7.2, 99.0)}
     assert [state.text for state in seen.values()] == [
         "",

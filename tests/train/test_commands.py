@@ -26,6 +26,7 @@ def test_questions_on_the_way():
         ("speed=-1", "speed=-1"),
         ("fps=0", "fps=0"),
         ("max_seconds=0", "max_seconds"),
+        ("save=out.avi", "save=out.avi"),
         ("decode.speak_threshold=2", "speak_threshold"),
     ],
 )
