@@ -26,10 +26,11 @@ def plain_font() -> Path:
 
 @functools.lru_cache(maxsize=_MOST_ASKED + 8)
 def _letters_of(path: Path) -> frozenset[int]:
-    """Code points that a font has glyphs for."""
+    """Code points that a font has glyphs for, of any size: coloured emoji are pictures of one size."""
     from matplotlib.ft2font import FT2Font
 
-    return frozenset(FT2Font(str(path)).get_charmap())
+    font = FT2Font(str(path))
+    return frozenset(font.get_charmap()) if font.scalable else frozenset()
 
 
 def fonts_for(text: str) -> list[Path]:
@@ -44,7 +45,7 @@ def fonts_for(text: str) -> list[Path]:
     for path in installed[:_MOST_ASKED]:
         try:
             found = missing & _letters_of(path)
-        except RuntimeError:  # a font that FreeType cannot read
+        except (RuntimeError, OSError):  # a font that FreeType cannot read
             continue
         if found:
             fonts.append(path)

@@ -250,9 +250,9 @@ class Stage:
         if len(wrapped) <= lines and len(text) <= _BLOCK_LETTERS:
             return wrapped
         last = wrapped[lines - 1]
-        while last and letters.width(last + " …") > width:
+        while last and letters.width(last.rstrip() + " …") > width:
             last = last[:-1]
-        return [*wrapped[: lines - 1], last + " …"]
+        return [*wrapped[: lines - 1], last.rstrip() + " …"]
 
 
 def _even(number: int) -> int:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from moss_train.data.decoding.decode import DecodeLimits, decode_arrays, decode_frames, fitted_size, frame_indices
 from moss_train.data.decoding.probe import probe_media, sniff_container
+from moss_train.data.decoding.pyav_reader import each_picture
 from moss_train.errors import SampleError
 
 QUIET_X265 = "log-level=none"
@@ -74,6 +75,17 @@ def test_plain_decord_is_wrong_where_the_guard_looks():
         assert given != asked, name
 
 
+@pytest.mark.parametrize("name", ["mp4", "hevc open mkv", "avi b-frames", "mpegts"])
+def test_all_pictures_in_order_with_their_times(name: str):
+    container, codec, options, _ = FILES[name]
+    data = numbered_clip(20, 10, container, codec, gop=7, options=options)
+    times_s, pictures = zip(*each_picture(data, probe_media(data)), strict=True)
+    np.testing.assert_allclose(times_s, np.arange(20) / 10, atol=2e-3)
+    assert read_numbers(np.stack(pictures).transpose(0, 3, 1, 2), 32) == list(range(20))
+    asked = decode_arrays(data, list(times_s), None, "pyav")
+    assert np.array_equal(asked.frames.transpose(0, 2, 3, 1), np.stack(pictures))
+
+
 def test_frame_on_screen_between_stamps_and_beyond_the_ends():
     data = numbered_clip(12, 4)
     for decoder in ("decord", "pyav"):
@@ -116,6 +128,7 @@ def test_display_rotation_is_applied_by_both_readers(turn: int):
         native = decode_arrays(bytes(data), [0.5], None, decoder)
         assert native.backend == decoder and native.frames.shape[2:] == shape
         assert np.abs(native.frames[0].transpose(1, 2, 0).astype(int) - upright).mean() < 12
+        assert np.array_equal(native.frames[0].transpose(1, 2, 0), list(each_picture(bytes(data), facts))[2][1])
         tile = decode_arrays(bytes(data), [0.5], 48, decoder).frames[0]
         height, width = (24, 48) if turn == 180 else (48, 24)
         assert tile[:, height:].sum() == 0 and tile[:, :, width:].sum() == 0 and tile[:, :height, :width].max() > 200
