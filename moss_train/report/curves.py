@@ -47,11 +47,12 @@ def loss_curves(rows: Sequence[MetricsRow]) -> str:
 def _draw_stage(axis, stage: str, rows: Sequence[MetricsRow], colour: str) -> None:
     steps, losses = _series(rows, "loss")
     axis.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
-    axis.plot(steps, smoothed(losses), color=colour, linewidth=2.0, label="all")
+    axis.plot(steps, smoothed(losses), color=colour, linewidth=2.0, label="all", marker=_marker(losses))
     for kind, title in KIND_TITLES.items():
         kind_steps, kind_losses = _series(rows, f"loss/{kind}")
         if len(kind_steps) and len(_kinds(rows)) > 1:
-            axis.plot(kind_steps, smoothed(kind_losses), color=KIND_COLOURS[kind], linewidth=1.1, label=title)
+            colour, marker = KIND_COLOURS[kind], _marker(kind_losses)
+            axis.plot(kind_steps, smoothed(kind_losses), color=colour, linewidth=1.1, label=title, marker=marker)
     positive = losses[losses > 0]
     if len(positive) and positive.max() / positive.min() > 20:
         axis.set_yscale("log")
@@ -65,6 +66,11 @@ def _draw_stage(axis, stage: str, rows: Sequence[MetricsRow], colour: str) -> No
         axis.spines[side].set_visible(False)
     if len(axis.get_lines()) > 2:
         axis.legend(frameon=False, fontsize=7.5, labelcolor=MUTED, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _marker(values: np.ndarray) -> str | None:
+    """A dot where there is one value, of which a line shows nothing."""
+    return "o" if len(values) == 1 else None
 
 
 def _kinds(rows: Sequence[MetricsRow]) -> set[str]:

@@ -21,7 +21,7 @@ KIND_COLOURS = {
     "stop_silence": "#66727f",
     "revision": "#f08a24",
 }
-STAGE_COLOURS = ("#1c7c8c", "#7a4fbf", "#c2456b", "#2b3a4a")
+STAGE_COLOURS = ("#1c7c8c", "#7a4fbf", "#c2456b", "#9a7b16")
 
 #: the page's colours by light and by dark, as CSS variables of these names
 LIGHT: dict[str, str] = {
