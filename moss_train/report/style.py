@@ -70,7 +70,6 @@ main:has(> .stream:target) > :not(:target, .legend) {{ display: none; }} .stream
 .n {{ text-align: center; color: var(--muted); font-size: 11px; padding: 0 2px; overflow-wrap: anywhere; }}
 .bad-tag {{ color: var(--error); font-weight: 600; }} .good-tag {{ color: var(--good); }}
 .arc {{ fill: none; stroke: var(--revise-text); stroke-width: 2; }} .head {{ fill: var(--revise-text); }}
-.arcs text {{ fill: var(--revise-text); font-size: 12px; }}
 .curve {{ fill: none; stroke: var(--muted); stroke-width: 1.6; stroke-linejoin: round; }}
 .dot {{ fill: var(--muted); }} .rule {{ stroke: var(--grid); stroke-width: 1; }}
 .said {{ margin-top: .8rem; font-size: .88rem; }} .said table {{ margin-top: .4rem; }}
@@ -85,7 +84,6 @@ main:has(> .stream:target) > :not(:target, .legend) {{ display: none; }} .stream
 .chip.silence {{ background: var(--silence); border: 1.5px solid var(--silence-ink); }}
 .chip.hears {{ background: var(--user-back); border: 1.5px solid var(--user); }}
 .chip.timing {{ border: 2px solid var(--error); }} .chip.answer {{ border: 2px dashed var(--error); }}
-.chip.asked {{ background: none; border: 2px solid var(--muted); }}
 .old {{ color: var(--muted); }}
 @media print {{
   html {{ font-size: 10px; }} body {{ background: none; font-size: 11px; }} main {{ max-width: none; padding: 0; }}

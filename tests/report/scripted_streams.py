@@ -21,7 +21,7 @@ class Script:
         self.turns: list[UserTurn] = []
         self.frames = 0
 
-    def user(self, text: str, interrupts: bool = False, says: str = "", after_s: float = 0.5) -> int:
+    def user(self, text: str, interrupts: bool = False, after_s: float = 0.5) -> int:
         """The user speaks after the last frame; returns the slot of the turn."""
         time_s = max(0.0, self.frames - 1 + after_s) if self.frames else 0.0
         self.turns.append(UserTurn(time_s, text, len(self.slots), interrupts))
