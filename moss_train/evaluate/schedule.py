@@ -21,7 +21,7 @@ from moss_train.evaluate.transcript import (
 from moss_train.streams.compiled import CompiledStream
 from moss_train.streams.config import CompilerConfig
 from moss_train.streams.media import SAME_MOMENT_S
-from moss_train.streams.schema import Reply, StreamSample
+from moss_train.streams.schema import Confirm, Reply, StreamSample
 from moss_train.streams.timeline import TimelineSlot, build_timeline
 from moss_train.streams.tokenizer import StreamTokenizer
 
@@ -66,7 +66,7 @@ def read_stream(
     """What happens to the stream, and its transcript with the model's side still silent.
 
     Questions, revisions and confirmations come from `source_metadata` where the sample has them (times in seconds,
-    see `data/synthetic/world.py`); otherwise questions and revisions are read from the events' links and evidence.
+    see `data/synthetic/world.py`); otherwise they are read from the events' links and evidence.
     Raises SampleError when the sample is no stream.
     """
     if not isinstance(sample, StreamSample):
@@ -126,6 +126,7 @@ class _Items:
     ):
         self._metadata = sample.source_metadata or {}
         self._replies = [event for event in sample.events if isinstance(event, Reply)]
+        self._confirms = [event for event in sample.events if isinstance(event, Confirm)]
         self._asked_at = {event.id: event.t for event in sample.events if event.role == "user"}
         self._slots = slots
         self._asked = asked  # user event → slot that its turn opens
@@ -203,8 +204,15 @@ class _Items:
 
     def confirmations(self) -> list[Confirmation]:
         found = []
-        for row in self._metadata.get("confirmations", []):
+        rows = self._metadata.get("confirmations")
+        if rows is None:
+            rows = self._confirmations_of_events()
+        for row in rows:
             slot = self._slot_at(row["t"])
             if slot is not None:
                 found.append(Confirmation(slot, row["standing"]))
         return found
+
+    def _confirmations_of_events(self) -> list[dict]:
+        texts = {reply.id: reply.text for reply in self._replies}
+        return [{"t": event.t, "standing": texts[event.confirms]} for event in self._confirms]

@@ -104,7 +104,7 @@ class _Script:
         return name
 
     def say(self, t: float, text: str, evidence: tuple[float, float], **more: str) -> str:
-        name = f"a{sum(event['role'] == 'assistant' for event in self.events) + 1}"
+        name = f"a{sum('text' in event and event['role'] == 'assistant' for event in self.events) + 1}"
         event = {"id": name, "t": float(t), "role": "assistant", "kind": "speak", **more, "text": text}
         self.events.append({**event, "evidence": [float(second) for second in evidence]})
         return name
@@ -135,7 +135,7 @@ class _Script:
         """Up to `most` changes of one attribute each: revisions of the last answer or confirmations of it."""
         standing = self.questions[-1]
         asked, settled = standing["attribute"], {question["attribute"] for question in self.questions}
-        last_said = standing["answer_id"]
+        last_said, last_text = standing["answer_id"], standing["answer"]
         frame = from_frame
         for _ in range(most):
             if frame > STREAM_SECONDS - 2:  # the last frame leaves no time to finish a reply
@@ -146,13 +146,14 @@ class _Script:
             scene, changed = next_scene(self.rng, before, self.split, [asked] if self.rng.random() < 0.5 else others)
             self.show(scene, frame)
             if changed == asked:
-                old = self.events[-1]["text"]
+                old, last_text = last_text, revision_text(scene, asked)
+                superseded = last_said
                 last_said = self.say(
                     float(frame),
-                    revision_text(scene, asked),
+                    last_text,
                     (frame, frame),
                     kind="revise",
-                    supersedes=last_said,
+                    supersedes=superseded,
                     reply_to=standing["id"],
                 )
                 self.revisions.append(
@@ -162,8 +163,8 @@ class _Script:
                         "attribute": asked,
                         "t": float(frame),
                         "old": old,
-                        "new": self.events[-1]["text"],
-                        "supersedes": self.events[-1]["supersedes"],
+                        "new": last_text,
+                        "supersedes": superseded,
                     }
                 )
             else:
@@ -175,6 +176,10 @@ class _Script:
                         "standing": answer_text(before, asked),
                     }
                 )
+                name = f"c{len(self.confirmations)}"
+                seen = [float(frame), float(frame)]
+                confirm = {"id": name, "t": float(frame), "role": "assistant", "kind": "confirm"}
+                self.events.append({**confirm, "confirms": last_said, "evidence": seen})
             frame += self.between(2, 3)
 
     def wander(self, frame: int, until: int) -> None:
