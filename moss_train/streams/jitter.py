@@ -5,7 +5,7 @@ The rule is that of the reference's collator (model_facts C.4; OpenMOSS/MOSS-Vid
 resumed run meets the same rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -22,16 +22,16 @@ def swap_anchors(
     decisions: Sequence[bool],
     anchor: int,
     silence: int,
-    end_header: int,
+    deciding: Collection[int],
     swap: Callable[[int, int], None],
 ) -> None:
     """Calls `swap(i - 1, i)` for every anchor at i that may and is decided to move one token earlier.
 
-    It may when token i-1 is not silence and token i-2 is neither a header's end nor an anchor: a frame never
-    overtakes the decision to speak. `decisions[f]` belongs to the f-th anchor. `swap` must exchange the two
+    It may when token i-1 is not silence and token i-2 is none of `deciding` (a header's end, an anchor, the end of a
+    think unit), whose prediction is whether to speak: a frame never overtakes that decision. `decisions[f]` belongs to the f-th anchor. `swap` must exchange the two
     tokens in `ids` itself (and in whatever runs beside it), since a later anchor is judged on the result.
     """
     anchors = [index for index, token in enumerate(ids) if token == anchor]
     for decided, index in zip(decisions, anchors, strict=True):
-        if decided and index >= 2 and ids[index - 1] != silence and ids[index - 2] not in (end_header, anchor):
+        if decided and index >= 2 and ids[index - 1] != silence and ids[index - 2] not in deciding:
             swap(index - 1, index)
