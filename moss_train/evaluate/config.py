@@ -14,6 +14,8 @@ class DecodeConfig:
     with weights of 1."""
     last_slot_tokens: int = 64
     """Most tokens said after the last frame, where nothing arrives any more that could end the slot."""
+    think_tokens: int = 32
+    """Most tokens of a think unit; a longer one is closed for the model."""
 
     def validate(self) -> None:
         if self.speak_threshold is not None and not 0.0 < self.speak_threshold <= 1.0:
@@ -23,6 +25,8 @@ class DecodeConfig:
             )
         if self.last_slot_tokens < 1:
             raise ConfigError(f"decode.last_slot_tokens={self.last_slot_tokens}: must be at least 1")
+        if self.think_tokens < 1:
+            raise ConfigError(f"decode.think_tokens={self.think_tokens}: must be at least 1")
 
 
 @dataclass

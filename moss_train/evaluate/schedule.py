@@ -6,7 +6,7 @@ clip, meet every event between the same two frames as training did.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moss_train.errors import SampleError
 from moss_train.evaluate.transcript import (
@@ -33,6 +33,8 @@ class Step:
     time_s: float
     end_s: float  #: when the next event ends the slot; infinity for the last one
     user: str | None
+    turn_ends_s: tuple[float, ...] = ()  #: when the slots of this turn end, all of them
+    place: int = 0  #: of this slot among them
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,12 @@ def schedule_of(sample: StreamSample, slots: Sequence[TimelineSlot]) -> Schedule
             user = "" if slot.question is None else slot.question.text
         steps.append(Step(slot.time_s, slot.end_s, user))
     steps[-1] = Step(steps[-1].time_s, math.inf, steps[-1].user)
+    first = 0
+    while first < len(steps):
+        end = next((n for n in range(first + 1, len(steps)) if steps[n].user is not None), len(steps))
+        ends_s = tuple(step.end_s for step in steps[first:end])
+        steps[first:end] = [replace(step, turn_ends_s=ends_s, place=n) for n, step in enumerate(steps[first:end])]
+        first = end
     return Schedule(sample.key, sample.system, tuple(steps))
 
 

@@ -96,9 +96,7 @@ def _corruptions(varied: Augmented, stage: _Stage, rng: np.random.Generator) -> 
             yield Augmented(made.sample, varied.stale + made.stale)
 
 
-def _corrupt(
-    sample: StreamSample, victim: Reply, text: str | None, corrected: bool, stage: _Stage
-) -> Augmented | None:
+def _corrupt(sample: StreamSample, victim: Reply, text: str | None, corrected: bool, stage: _Stage) -> Augmented | None:
     """The stream in which `victim` says `text` (None: nothing) instead; None where that cannot be."""
     at = sample.events.index(victim)
     replaced = any(isinstance(event, Reply) and event.supersedes == victim.id for event in sample.events)

@@ -1,6 +1,5 @@
 """Questions, revisions and confirmations found in samples, with and without the world's notes."""
 
-
 import pytest
 from scripted_model import compiled_stream, shipped_tokenizer, world_stream
 
