@@ -77,8 +77,9 @@ def evaluate_streams(
 ) -> EvaluationResult:
     """Run every stream of `corpus` through `model`; samples of other kinds are left out.
 
-    The model is put into evaluation mode and back. Nothing is drawn at random (jitter, windows, augmentations), whatever
-    `compiler` says: every model is asked the same. A sample that does not compile or decode is left out and listed in the result.
+    The model is put into evaluation mode and back. Nothing is drawn at random (jitter, windows, augmentations),
+    whatever `compiler` says: every model is asked the same. A sample that does not compile or decode is left out and
+    listed in the result.
     `on_progress(done, total)` is called after each batch.
     Raises DataError when the corpus holds no stream that can be evaluated.
     """

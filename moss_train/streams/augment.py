@@ -109,13 +109,10 @@ def _corrupt(sample: StreamSample, victim: Reply, text: str | None, corrected: b
         name = _unused(f"{victim.id}~wrong", sample) if corrected else victim.id
         wrong = victim.model_copy(update={"id": name, "text": text, "stale": True, **plain_words})
     if not corrected:
-        following = (event for event in sample.events[at + 1 :] if isinstance(event, Reply | UserEvent))
-        end_s = next(following, None)
-        until_s = sample.sampling.end_s if end_s is None else end_s.t
-        events = [event for event in sample.events if event is not victim and not _confirms(event, victim)]
-        events = events if wrong is None else [*events[:at], wrong, *events[at:]]
-        made = sample.model_copy(update={"events": events})
-        return Augmented(made, ((victim.t, until_s),)) if stage.play(made) is not None else None
+        following = (event.t for event in sample.events[at + 1 :] if isinstance(event, Reply | UserEvent))
+        until_s = next(following, sample.sampling.end_s)
+        events = [wrong if event is victim else event for event in sample.events if not _confirms(event, victim)]
+        return _valid(sample, [event for event in events if event is not None], (victim.t, until_s), stage)
 
     late_s = _next_frame(sample, victim, wrong, stage)
     if late_s is None:
@@ -125,39 +122,37 @@ def _corrupt(sample: StreamSample, victim: Reply, text: str | None, corrected: b
         prefix = stage.config.augment.correction_prefix
         more = {"kind": "revise", "supersedes": wrong.id, "text": prefix + victim.text, "evidence": None}
         right = right.model_copy(update=more)
-    before = [event for event in sample.events[:at]]
-    after = [
-        event
-        for event in sample.events[at + 1 :]
-        if not (_confirms(event, victim) and event.t <= late_s + SAME_MOMENT_S)
-    ]
+    # until the right reply is given there is nothing to confirm
+    after = [e for e in sample.events[at + 1 :] if not (_confirms(e, victim) and e.t <= late_s + SAME_MOMENT_S)]
     place = bisect_left([event.t for event in after], late_s)
     said = [] if wrong is None else [wrong]
-    made = sample.model_copy(update={"events": [*before, *said, *after[:place], right, *after[place:]]})
-    return Augmented(made, ((victim.t, late_s),)) if stage.play(made) is not None else None
+    events = [*sample.events[:at], *said, *after[:place], right, *after[place:]]
+    return _valid(sample, events, (victim.t, late_s), stage)
+
+
+def _valid(sample: StreamSample, events: list[Event], stale: Interval, stage: _Stage) -> Augmented | None:
+    """The stream with other events; None when they break a rule or do not fit."""
+    made = sample.model_copy(update={"events": events})
+    return Augmented(made, (stale,)) if stage.play(made) is not None else None
 
 
 def _next_frame(sample: StreamSample, victim: Reply, wrong: Reply | None, stage: _Stage) -> float | None:
     """When the frame arrives after the wrong reply (or after the frame at which nothing was said); None when the turn
     is over by then, or the wrong reply does not fit."""
-    events = [event if event is not victim else wrong or victim for event in sample.events]
-    if wrong is not None:  # its links would point to a name that is gone until the right reply bears it
-        events = [event for event in events if not _refers(event, victim)]
-    slots = stage.play(sample.model_copy(update={"events": events}))
+    if wrong is not None:  # under the old name, since others refer to it
+        stand_in = wrong.model_copy(update={"id": victim.id})
+        events = [stand_in if event is victim else event for event in sample.events]
+        sample = sample.model_copy(update={"events": events})
+    slots = stage.play(sample)
     if slots is None:
         return None
-    name = wrong.id if wrong is not None else victim.id
-    own = [index for index, slot in enumerate(slots) if slot.piece is not None and slot.piece.event.id == name]
+    own = [index for index, slot in enumerate(slots) if slot.piece is not None and slot.piece.event.id == victim.id]
     following = (own[-1] if wrong is not None else own[0]) + 1
     return slots[following].time_s if following < len(slots) and not slots[following].opens_turn else None
 
 
 def _confirms(event: Event, reply: Reply) -> bool:
     return isinstance(event, Confirm) and event.confirms == reply.id
-
-
-def _refers(event: Event, reply: Reply) -> bool:
-    return _confirms(event, reply) or (isinstance(event, Reply) and event.supersedes == reply.id)
 
 
 def _interruptions(varied: Augmented, stage: _Stage, rng: np.random.Generator) -> Iterator[Augmented]:

@@ -28,8 +28,9 @@ def swap_anchors(
     """Calls `swap(i - 1, i)` for every anchor at i that may and is decided to move one token earlier.
 
     It may when token i-1 is not silence and token i-2 is none of `deciding` (a header's end, an anchor, the end of a
-    think unit), whose prediction is whether to speak: a frame never overtakes that decision. `decisions[f]` belongs to the f-th anchor. `swap` must exchange the two
-    tokens in `ids` itself (and in whatever runs beside it), since a later anchor is judged on the result.
+    think unit), whose prediction is whether to speak: a frame never overtakes that decision. `decisions[f]` belongs to
+    the f-th anchor. `swap` must exchange the two tokens in `ids` itself (and in whatever runs beside it), since a later
+    anchor is judged on the result.
     """
     anchors = [index for index, token in enumerate(ids) if token == anchor]
     for decided, index in zip(decisions, anchors, strict=True):
