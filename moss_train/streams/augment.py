@@ -44,8 +44,10 @@ def augment_stream(
     """A variant of the stream, corrupted or interrupted or both; the stream itself where nothing of that fits it."""
     # where replies begin and end does not depend on when frames are seen
     stage = _Stage(list(arrivals), replace(config, perceive="overlapped"), tokenizer)
-    corrupts, interrupts = _draw_kind(config.augment, rng)
     varied = Augmented(sample)
+    if stage.play(sample) is None:
+        return varied  # its fault is found when it is compiled, and not made good here
+    corrupts, interrupts = _draw_kind(config.augment, rng)
     if corrupts:
         varied = next(_corruptions(varied, stage, rng), varied)
     if interrupts:

@@ -90,7 +90,8 @@ def load_tokenizer(config: TokenizerConfig) -> StreamTokenizer:
             "give a tokenizer.json, a folder that holds one, or null for the shipped one"
         ) from error
     if config.think_tokens:
-        tokenizer.add_special_tokens([(SPECIAL_STRINGS | config.special)[role] for role in THINK_STRINGS])
+        missing = [role for role in THINK_STRINGS if role not in config.special_ids]
+        tokenizer.add_special_tokens([(SPECIAL_STRINGS | config.special)[role] for role in missing])
         definition = tokenizer.to_str()
     special = _find_special(tokenizer, config)
     return StreamTokenizer(definition, special, _vocabulary_size(tokenizer, special, config))
