@@ -61,7 +61,7 @@ def test_what_is_said_is_the_reply_or_its_beginning(data, config):
     row, sample = compiled_or_refused(data, config), parse_sample(data, "key")
     users = [event.t for event in sample.events if event.role == "user"]
     for event in sample.events:
-        if event.role == "user" or event.kind == "silence":
+        if event.role == "user" or event.kind in ("silence", "confirm"):
             continue
         slots = [slot for slot in row.slots if slot.event_id == event.id]
         said = "".join(slot.text for slot in slots)
