@@ -50,11 +50,9 @@ def mark_silence(
             slot.stale = slot.time_s in intervals
 
 
-def thin_out(slots: "list[TimelineSlot]", config: AugmentationConfig, rng: np.random.Generator | None) -> None:
+def thin_out(slots: "list[TimelineSlot]", config: AugmentationConfig, rng: np.random.Generator) -> None:
     """Leaves idle silences untrained but for a share of `keep_silence`, and for those near a transition: the first and
     the last slot of a reply, a user's turn, a confirmation."""
-    if rng is None or config.keep_silence >= 1.0:
-        return
     transitions = [
         slot.time_s
         for slot in slots

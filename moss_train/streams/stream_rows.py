@@ -65,10 +65,11 @@ def plan_stream(
         sample, stale = varied.sample, varied.stale
     timeline = build_timeline(sample, arrivals, config, tokenizer, stale)
     sight = Sight.of(config, rng)
-    early = draw_decisions(len(arrivals), config.jitter_probability, rng) if jitter is None else list(jitter)
     if rng is not None and config.augment.keep_silence < 1.0:
-        # from a generator of its own, since what comes before it may take more numbers where there are more frames
-        thin_out(timeline, config.augment, rng.spawn(1)[0])
+        # from a generator of its own: neither it nor the jitter, which draw more where there are more frames, shifts
+        # what the other draws
+        thin_out(timeline, config.augment, np.random.Generator(np.random.PCG64(int(rng.integers(2**63)))))
+    early = draw_decisions(len(arrivals), config.jitter_probability, rng) if jitter is None else list(jitter)
     return StreamPlan(
         sample=sample,
         tokenizer=tokenizer,

@@ -32,7 +32,8 @@ def test_where_thoughts_stand():
     row = written(DATA, config=CompilerConfig(tokens_per_second=2.0))
     text = THINKING.decode(row.ids[row.slots[0].position + 1 :]).replace("<|silence|>", "_").replace("<|image|>", "#")
     assert text == (
-        "_#_#<think>red, left</think>_#<think><skip></think>It is#<think>blue too</think> red and# blue now#._#_<|eot_id|>"
+        "_#_#<think>red, left</think>_#<think><skip></think>It is#<think>blue too</think> red and# blue now#._#_"
+        "<|eot_id|>"
     )
     special = THINKING.special
     thought = [position for position, kind in enumerate(row.kinds) if kind == Kind.THINK]
