@@ -39,8 +39,9 @@ def compile_sample(
     """The row of one sample. `media` maps media ids to what the index knows of them.
 
     `rng` draws the augmentations that leave its length alone (windows, arrival jitter, silences); None means none.
-    `jitter`, one decision a frame, replaces the drawn ones. `variation` is the seed of those that change what is said
-    (`augment.py`). Raises SampleError when the sample does not fit its media or the configuration.
+    `jitter`, one decision a frame (one token early or not), replaces the drawn ones. `variation` is the seed of those
+    that change what is said (`augment.py`). Raises SampleError when the sample does not fit its media or the
+    configuration.
     """
     check_known(sample, media)
     if isinstance(sample, StreamSample):

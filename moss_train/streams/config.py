@@ -192,7 +192,11 @@ class CompilerConfig:
     """Rate at which a reply without exact times is emitted; 38 is the reference's measured decoding speed."""
 
     jitter_probability: float = 0.0
-    """Chance that a frame inside a reply arrives one token early; the reference uses 0.5, off by default."""
+    """Chance that a frame inside a reply arrives at another token; the reference uses 0.5, off by default."""
+
+    jitter_shifts: list[int] = field(default_factory=lambda: [-1])
+    """By how many tokens such a frame moves, one at random; negative is earlier. The reference has one token earlier;
+    [-2, -1, 1, 2] moves frames both ways. It never leaves the reply nor overtakes the decision to speak."""
 
     window: int | None = None
     """A token sees at most this many of the latest frames; null = all that have arrived."""
@@ -262,6 +266,9 @@ class CompilerConfig:
         self._require("max_frames", self.max_frames >= self.min_frames, f"must be at least {self.min_frames=}")
         self._require("tokens_per_second", self.tokens_per_second > 0, "must be above 0")
         self._require("jitter_probability", 0.0 <= self.jitter_probability <= 1.0, "must lie in [0, 1]")
+        shifts = self.jitter_shifts
+        self._require("jitter_shifts", bool(shifts) and 0 not in shifts, "must name whole numbers other than 0")
+        self._require("jitter_shifts", all(abs(shift) <= 64 for shift in shifts), "must lie in [-64, 64]")
         self._require(
             "window", self.window is None or self.window >= 1, "must be at least 1 frame, or null for no window"
         )

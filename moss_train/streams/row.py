@@ -6,7 +6,7 @@ import numpy as np
 
 from moss_train.streams.compiled import IGNORED_LABEL, CompiledStream, FrameRequest, Kind, Slot
 from moss_train.streams.config import CompilerConfig
-from moss_train.streams.jitter import swap_anchors
+from moss_train.streams.jitter import move_anchors
 from moss_train.streams.sight import Sight
 from moss_train.streams.tokenizer import StreamTokenizer
 
@@ -35,14 +35,17 @@ class RowWriter:
     def anchors(self, count: int) -> None:
         self.untrained([self._special.anchor] * count)
 
-    def jitter(self, decisions: Sequence[bool]) -> None:
+    def jitter(self, shifts: Sequence[int]) -> None:
+        """Move each frame's anchor by so many tokens, negative earlier, as far as the rule of `jitter.py` lets it."""
+
         def swap(first: int, second: int) -> None:
             for column in (self.ids, self.kinds, self.weights, self.contrasts):
                 column[first], column[second] = column[second], column[first]
 
         special = self._special
         deciding = [token for token in (special.end_header, special.anchor, special.think_end) if token is not None]
-        swap_anchors(self.ids, decisions, special.anchor, special.silence, deciding, swap)
+        closing = [token for token in (special.silence, special.end_of_turn, special.think_start) if token is not None]
+        move_anchors(self.ids, shifts, special.anchor, deciding, closing, swap)
 
     def compiled(
         self,

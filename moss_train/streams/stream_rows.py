@@ -13,7 +13,7 @@ from moss_train.streams.augment import augment_stream
 from moss_train.streams.compiled import CompiledStream, FrameRequest, Kind, Slot
 from moss_train.streams.config import CompilerConfig
 from moss_train.streams.contrasts import Contrast, find_contrasts
-from moss_train.streams.jitter import draw_decisions
+from moss_train.streams.jitter import draw_shifts
 from moss_train.streams.media import MediaInfo, stream_frame_count, stream_frame_times
 from moss_train.streams.row import RowWriter
 from moss_train.streams.schema import StreamSample
@@ -38,7 +38,7 @@ class StreamPlan:
     prefix: list[int]  #: begin of text and the system turn
     arrivals: list[float]  #: seconds, one a frame
     timeline: list[TimelineSlot]
-    early: list[bool]  #: one a frame: it arrives one token early where the jitter's rule allows
+    shifts: list[int]  #: one a frame: by how many tokens it moves where the jitter's rule allows
     sight: Sight
     contrasts: dict[str, Contrast]  #: of revisions, by event
 
@@ -69,7 +69,9 @@ def plan_stream(
         # from a generator of its own: neither it nor the jitter, which draw more where there are more frames, shifts
         # what the other draws
         thin_out(timeline, config.augment, np.random.Generator(np.random.PCG64(int(rng.integers(2**63)))))
-    early = draw_decisions(len(arrivals), config.jitter_probability, rng) if jitter is None else list(jitter)
+    shifts = [-int(early) for early in jitter or ()]
+    if jitter is None:
+        shifts = draw_shifts(len(arrivals), config.jitter_probability, config.jitter_shifts, rng)
     return StreamPlan(
         sample=sample,
         tokenizer=tokenizer,
@@ -78,7 +80,7 @@ def plan_stream(
         prefix=template.system_prefix(sample.system),
         arrivals=arrivals,
         timeline=timeline,
-        early=early,
+        shifts=shifts,
         sight=sight,
         contrasts=find_contrasts(sample, timeline, tokenizer),
     )
@@ -111,10 +113,10 @@ def write_stream(
 
     frames = [slot.frame for slot in timeline if slot.frame >= 0]
     # a frame that is thought about is not seen before what comes to mind
-    early = [plan.early[slot.frame] and not slot.thoughts for slot in timeline if slot.frame >= 0]
+    shifts = [0 if slot.thoughts else plan.shifts[slot.frame] for slot in timeline if slot.frame >= 0]
     if first:
-        early[0] = False  # the token before it belongs to the part before
-    row.jitter(early)
+        shifts[0] = 0  # the token before it belongs to the part before
+    row.jitter(shifts)
     anchors = [position for position, token in enumerate(row.ids) if token == plan.tokenizer.special.anchor]
     positions = [
         at if slot.frame < 0 or slot.thoughts else anchors[slot.frame - frames[0]]

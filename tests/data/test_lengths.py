@@ -118,7 +118,7 @@ def test_measured_once_and_anew_when_they_could_be_others(folder: Path, monkeypa
     counts = measured(monkeypatch)
     first = lengths_of(opened(folder))
     assert lengths_of(opened(folder)).digest == first.digest and len(counts) == 1
-    same = {"jitter_probability": 0.5, "window": 3, "sinks": 1}
+    same = {"jitter_probability": 0.5, "jitter_shifts": [-2, 1], "window": 3, "sinks": 1}
     same |= {"train_turn_end_offline": False, "stale_silence_guard": False}
     same |= {"text_window": 9, "text_sinks": 2, "positions": "decoupled", "visibility": "offline"}
     same |= {"train_turn_end_streams": True, "confirmation_weight": 0.5}

@@ -168,7 +168,7 @@ AUGMENTATIONS = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     streams(ends_s=(4.0, 9.5)),
     AUGMENTATIONS,
@@ -205,7 +205,7 @@ def confirms_of(data: dict) -> list[str]:
     return [event["id"] for event in data["events"] if event.get("kind") == "confirm"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(streams(ends_s=(9.5,)), AUGMENTATIONS, st.integers(0, 9), st.integers(20, 60), st.integers(2, 8))
 def test_split_variants_have_as_many_parts_as_the_sample(data, augment, seed, tokens, frames):
     config, budget = CompilerConfig(tokens_per_second=3.5, augment=augment), RowBudget(tokens, frames)

@@ -42,6 +42,7 @@ LENGTHS_VERSION = 1
 #: settings of the compiler on which no length depends
 LENGTHLESS = (
     "jitter_probability",
+    "jitter_shifts",
     "visibility",
     "window",
     "sinks",
