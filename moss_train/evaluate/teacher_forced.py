@@ -57,6 +57,9 @@ def _fill(
     slots = []
     begun: str | None = None  # the reference's reply whose first slot the model did not miss
     for slot, record, probability in zip(stream.slots, transcript.slots, silence_probabilities, strict=True):
+        if slot.note == "blocked":  # nothing is decided there, and nothing was trained
+            slots.append(replace(record, state="silence", text="", ends=False, silence_probability=None))
+            continue
         span = _text_span(stream, slot.position, silence)
         speaks = predicted[slot.position] != silence
         said = [token for token in (predicted[t] for t in span or [slot.position]) if token != silence]

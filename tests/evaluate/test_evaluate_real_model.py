@@ -68,6 +68,8 @@ def model():
     [
         COMPILER,
         replace(COMPILER, tokens_per_second=3.0),
+        replace(COMPILER, tokens_per_second=3.0, perceive="blocked", window=3),
+        replace(COMPILER, visibility="offline"),
         replace(COMPILER, window=3, sinks=1),
         replace(COMPILER, jitter_probability=0.5),
     ],
@@ -112,6 +114,17 @@ def test_first_decision_agrees_with_teacher_forcing(evaluated):
             assert mine.silence_probability == pytest.approx(theirs.silence_probability, abs=1e-5)
             if mine.speaks or mine.reference_speaks:
                 break
+
+
+def test_nothing_is_decided_at_frames_that_were_blocked(model):
+    compiler = replace(COMPILER, tokens_per_second=2.0, perceive="blocked")
+    result = evaluate_streams(model, WorldCorpus(8, SIZE), TOKENIZER, compiler, TextJudge())
+    undecided = 0
+    for forced in result.teacher_forced_transcripts:
+        blocked = [slot for slot in forced.slots if slot.silence_probability is None]
+        undecided += len(blocked)
+        assert all(slot.state == "silence" and slot.reference_state == "unknown" for slot in blocked)
+    assert undecided >= 3
 
 
 def test_limit_and_threshold(model):
