@@ -153,7 +153,7 @@ def run_stage(
         model,
         trainable_names(whole, plan.config.trainable),
         plan.config.optim,
-        StreamingLoss(plan.config.objective, tokenizer.special.silence, tuple(plan.sources)),
+        StreamingLoss(plan.config.objective, tokenizer.special.silence, tuple(plan.sources), tokenizer.special.anchor),
         plan.steps,
     )
     if newest is None and origin is not None:

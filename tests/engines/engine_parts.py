@@ -127,8 +127,8 @@ class PlainTraining:
     def step(self, microbatches: list[Batch], factor: float) -> tuple[float, float]:
         """One step at `factor` of every peak rate; loss and gradient norm."""
         objective = StreamingLoss(OBJECTIVE)
-        labels = sum(int((one.labels_RT != IGNORED_LABEL).sum()) for one in microbatches)
-        loss = sum(objective(self.model(one), one, labels).loss for one in microbatches)
+        totals = sum(objective.totals(one) for one in microbatches)
+        loss = sum(objective(self.model(one), one, totals).loss for one in microbatches)
         self.optimizer.zero_grad()
         loss.backward()
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
