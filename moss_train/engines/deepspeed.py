@@ -1,8 +1,8 @@
 """The DeepSpeed engine: ZeRO around the same model, our totals, our learning rates, our verdict on a step.
 
-One step, in order: Z and other totals of the global batch → forward and backward of every microbatch → gradients summed over
-tensor-parallel processes where each saw a part (without pipeline stages as they arise), and over data-parallel ones →
-gradient norm → step, unless something is not finite.
+One step, in order: Z and other totals of the global batch → forward and backward of every microbatch → gradients
+summed over tensor-parallel processes where each saw a part (without pipeline stages as they arise), and over
+data-parallel ones → gradient norm → step, unless something is not finite.
 
 The loss is divided by Z before the backward pass, so gradients must only be *summed*: over microbatches and ranks.
 DeepSpeed divides by the number of ranks that hold the same parameters, so the loss is multiplied by it; its division by

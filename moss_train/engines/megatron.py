@@ -1,8 +1,8 @@
 """The megatron-core engine: its DDP, its optimizers, its forward-backward schedules, our totals and rates.
 
-One step, in order: Z and other totals of the global batch → frames encoded ahead, if the layout says so → schedule (forward and backward
-of every microbatch) → gradients of what was encoded ahead → gradient sums → gradient norm → step, unless something is
-not finite.
+One step, in order: Z and other totals of the global batch → frames encoded ahead, if the layout says so → schedule
+(forward and backward of every microbatch) → gradients of what was encoded ahead → gradient sums → gradient norm → step,
+unless something is not finite.
 
 The loss is divided by Z before the backward pass, so gradients must only be *summed*: over microbatches and ranks.
 Megatron divides by both counts unless `calculate_per_token_loss` is set; then it would divide by a token count in

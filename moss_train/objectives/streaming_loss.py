@@ -4,10 +4,10 @@ Shape suffixes: R rows, T tokens of a row, V rows of the head (this rank's share
 K trained positions of the microbatch, P those of them with a contrast, B bins of P(speak). Per-kind vectors are indexed
 by the value of `Kind`, per-source vectors by the number of the source in the blend.
 
-wᵢ is the data's factor times the configured weight of the label's kind, times `frame_position_weight` at anchors, times
-α with `balance=state`. γ and α apply to *state* labels only: idle and stop silence, and the first token of a reply
-(`metrics.reply_starts`). A label is trained when it is not -100 and the data gives it a positive weight; a sample masked
-out by the loader (weights 0) is as if it were absent.
+wᵢ is the data's factor times the configured weight of the label's kind, times `frame_position_weight` at anchors,
+times α with `balance=state`. γ and α apply to *state* labels only: idle and stop silence, and the first token of a
+reply (`metrics.reply_starts`). A label is trained when it is not -100 and the data gives it a positive weight; a sample
+masked out by the loader (weights 0) is as if it were absent.
 
 What is counted of the global batch (`labels.Total`) depends on the data alone and is known before the first forward
 pass; a microbatch's loss is a part of the global batch's, divided already.
