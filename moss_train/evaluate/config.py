@@ -4,20 +4,39 @@ from dataclasses import dataclass
 
 from moss_train.errors import ConfigError
 
+DECIDE_BY = ("tokens", "head")
+
 
 @dataclass
 class DecodeConfig:
     """How the model's own reply is read from its predictions."""
 
+    decide_by: str = "tokens"
+    """Who decides at a frame whether an idle model speaks: `tokens`, the next one being silence or not, or `head`, the
+    model's decision head. What is said is read from the tokens in either case, as is when a reply ends."""
+    head_threshold: float | None = None
+    """decide_by=head alone: speak iff the head's P(speak) is at least this (0 to 1); null is 0.5."""
     speak_threshold: float | None = None
-    """Speak at an idle slot iff P(silence) is below this (0 to 1); null takes the most probable token, as in training
-    with weights of 1."""
+    """decide_by=tokens alone: speak at an idle slot iff P(silence) is below this (0 to 1); null takes the most probable
+    token, as in training with weights of 1."""
     last_slot_tokens: int = 64
     """Most tokens said after the last frame, where nothing arrives any more that could end the slot."""
     think_tokens: int = 32
     """Most tokens of a think unit; a longer one is closed for the model."""
 
     def validate(self) -> None:
+        if self.decide_by not in DECIDE_BY:
+            raise ConfigError(f"decode.decide_by={self.decide_by!r}: legal values are {', '.join(DECIDE_BY)}")
+        other, unread = {"tokens": ("head", "head_threshold"), "head": ("tokens", "speak_threshold")}[self.decide_by]
+        if getattr(self, unread) is not None:
+            raise ConfigError(
+                f"decode.{unread}={getattr(self, unread)}: it is for decode.decide_by={other}, and decode.decide_by is "
+                f"{self.decide_by}; leave it out"
+            )
+        if self.head_threshold is not None and not 0.0 <= self.head_threshold <= 1.0:
+            raise ConfigError(
+                f"decode.head_threshold={self.head_threshold}: must lie between 0 and 1, or be null for 0.5"
+            )
         if self.speak_threshold is not None and not 0.0 < self.speak_threshold <= 1.0:
             raise ConfigError(
                 f"decode.speak_threshold={self.speak_threshold}: must be above 0 and at most 1, "

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moss_train.errors import ConfigError
 from moss_train.evaluate.config import DecodeConfig
 from moss_train.evaluate.schedule import Schedule, Step
 from moss_train.streams.config import CompilerConfig
@@ -41,7 +42,8 @@ class SlotOutput:
     state: str  #: "silence", "speak" or "continue"
     ids: list[int]  #: text tokens said, without the silence
     ends: bool  #: a reply was closed by silence in this slot
-    silence_probability: float | None  #: of the slot's decision; None where nothing was decided
+    #: of the slot's decision, by whoever made it (`DecodeConfig.decide_by`); None where nothing was decided
+    silence_probability: float | None
 
 
 @dataclass
@@ -198,13 +200,15 @@ class StreamingDecoder:
     def _queue(self, row: int, ids: Sequence[int]) -> None:
         self._rows[row].pending += ids
 
-    def _feed(self, rows: Sequence[int]) -> torch.Tensor:
-        """Feed what waits in `rows`; returns the logits [len(rows), V] after each row's last token."""
+    def _feed(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Feed what waits in `rows`; returns the logits [len(rows), V] after each row's last token, and where the
+        decision head is asked its P(speak) [len(rows)], NaN after a token that is no frame's anchor."""
         longest = max(len(self._rows[row].pending) for row in rows)
         # numpy, since filling tensors element by element would cost more than a tiny model's forward
         ids_RL, positions_RL, cross_RL = (np.zeros((len(self._rows), longest), np.int64) for _ in range(3))
         lo_RL, hi_RL, text_lo_RL = (np.zeros((len(self._rows), longest), np.int32) for _ in range(3))
         lengths_R = np.zeros(len(self._rows), np.int64)
+        ends_in_anchor: list[bool] = []
         for row in rows:
             state = self._rows[row]
             tokens, count = np.array(state.pending), len(state.pending)
@@ -215,6 +219,7 @@ class StreamingDecoder:
             lo_RL[row, :count], hi_RL[row, :count] = places.visible_lo, places.visible_hi
             lengths_R[row] = count
             state.length += count
+            ends_in_anchor.append(bool(is_anchor[-1]))
             state.pending = []
         last_R = torch.from_numpy(lengths_R[list(rows)] - 1).to(self._device)
         logits_RLV = self._model.extend(
@@ -227,7 +232,13 @@ class StreamingDecoder:
             text_lo_RL=torch.from_numpy(text_lo_RL).to(self._device),
             text_sinks=self._sight.text_sinks,
         )
-        return logits_RLV[torch.tensor(list(rows), device=self._device), last_R]
+        last = torch.tensor(list(rows), device=self._device), last_R
+        if self._config.decide_by == "tokens":
+            return logits_RLV[last], None
+        if self._state.decisions_RL is None:
+            raise ConfigError("decode.decide_by=head: the model has no decision head; set decode.decide_by=tokens")
+        asked_R = torch.tensor(ends_in_anchor, device=self._device)
+        return logits_RLV[last], self._state.decisions_RL[last].sigmoid().masked_fill(~asked_R, torch.nan)
 
     def _reply(
         self, rows: list[int], budgets: Mapping[int, int], on_token: Callable[[int, int], None]
@@ -238,7 +249,7 @@ class StreamingDecoder:
         asking = rows
         while asking:
             deciding = [not outputs[row].ids for row in asking]
-            tokens, silence_probabilities = self._choose(asking, self._feed(asking), deciding)
+            tokens, silence_probabilities = self._choose(asking, *self._feed(asking), deciding)
             speaking = []
             for row, token, probability in zip(asking, tokens, silence_probabilities, strict=True):
                 state, output = self._rows[row], outputs[row]
@@ -280,9 +291,10 @@ class StreamingDecoder:
         return True
 
     def _choose(
-        self, rows: Sequence[int], logits_RV: torch.Tensor, deciding: Sequence[bool]
+        self, rows: Sequence[int], logits_RV: torch.Tensor, speak_R: torch.Tensor | None, deciding: Sequence[bool]
     ) -> tuple[list[int], list[float]]:
-        """The next token of each row and P(silence); `deciding` rows have said nothing in their slot yet."""
+        """The next token of each row and P(silence); `deciding` rows have said nothing in their slot yet. `speak_R` is
+        the decision head's P(speak) where it decides."""
         raw_RV = logits_RV[:, : self._tokenizer.vocabulary_size].float()
         logits_RV = raw_RV.index_fill(1, self._forbidden, -torch.inf)
         silence_R = logits_RV.softmax(-1)[:, self._silence]
@@ -290,14 +302,21 @@ class StreamingDecoder:
             self._allow_thoughts(rows, raw_RV, logits_RV)
         tokens_R = logits_RV.argmax(-1)
         threshold = self._config.speak_threshold
-        if any(deciding) and threshold is not None:
-            text_R = logits_RV.index_fill(1, torch.tensor([self._silence], device=self._device), -torch.inf).argmax(-1)
-            decided_R = torch.where(silence_R >= threshold, torch.full_like(text_R, self._silence), text_R)
+        if any(deciding) and (threshold is not None or speak_R is not None):
             idle = [
                 now and not state.running and state.thought is None and token != self._tokenizer.special.think_start
                 for now, state, token in zip(deciding, (self._rows[r] for r in rows), tokens_R.tolist(), strict=True)
             ]
-            tokens_R = torch.where(torch.tensor(idle, device=self._device), decided_R, tokens_R)
+            idle_R = torch.tensor(idle, device=self._device)
+            if speak_R is None:
+                is_silent_R = silence_R >= threshold
+            else:
+                idle_R &= ~speak_R.isnan()
+                half = self._config.head_threshold
+                is_silent_R = speak_R < (0.5 if half is None else half)
+                silence_R = torch.where(idle_R, 1.0 - speak_R, silence_R)
+            text_R = logits_RV.index_fill(1, torch.tensor([self._silence], device=self._device), -torch.inf).argmax(-1)
+            tokens_R = torch.where(idle_R, text_R.masked_fill(is_silent_R, self._silence), tokens_R)
         return tokens_R.tolist(), silence_R.tolist()
 
     def _allow_thoughts(self, rows: Sequence[int], raw_RV: torch.Tensor, logits_RV: torch.Tensor) -> None:

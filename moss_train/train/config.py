@@ -233,6 +233,10 @@ class RunConfig:
         for part in (self.model, self.tokenizer, self.engine, self.tracking, self.evaluate.settings, self.watchdog):
             _validate(part)
         _validate(self.evaluate.decode, "evaluate.")
+        if self.evaluate.decode.decide_by == "head" and not self.model.decision_head:
+            raise ConfigError(
+                "evaluate.decode.decide_by=head: the model has no decision head; set model.decision_head=true"
+            )
         self.check_layout()
         for name, stage in self.stages.items():
             stage.validate(name)
@@ -240,6 +244,9 @@ class RunConfig:
                 where = f"stages.{name}.keep_best={stage.keep_best}"
                 raise ConfigError(f"{where}: nothing is evaluated; set evaluate.source")
             check_optimizer(self.engine, self.layout, stage.optim.name, f"stages.{name}.optim.name")
+            if stage.objective.decision_head_weight is not None and not self.model.decision_head:
+                where = f"stages.{name}.objective.decision_head_weight={stage.objective.decision_head_weight}"
+                raise ConfigError(f"{where}: the model has no decision head; set model.decision_head=true")
         orders: dict[int, str] = {}
         for name, stage in self.stages.items():
             if stage.order in orders:
