@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moss_train.redact import redact
+from moss_train.report.calibration import calibration_curves
 from moss_train.report.curves import loss_curves
 from moss_train.report.metrics_file import MetricsRow, finite_or_none
 from moss_train.report.palette import ERROR, GRID, INK, MUTED, PAPER, SLOT_COLOURS, USER
@@ -44,6 +45,7 @@ tr.counts td {{ color: {MUTED}; }}
 td.main {{ font-weight: 650; }} td.reached {{ color: #12865f; }} td.missed {{ color: {ERROR}; }}
 td.required {{ color: {MUTED}; }}
 .curves svg {{ width: 100%; height: auto; display: block; }}
+.calibration svg {{ max-width: 38rem; }}
 .legend {{ color: {MUTED}; margin: 0 0 .9rem; display: flex; flex-wrap: wrap; gap: .35rem 1.2rem; font-size: .9rem; }}
 .chip {{ display: inline-block; width: 1.5em; height: .95em; border-radius: 4px; vertical-align: -.1em; }}
 .chip {{ margin-right: .4em; }}
@@ -67,7 +69,7 @@ def write_html(
     Args:
         report: the verdict and its figures.
         requirements: what was asked, shown beside the figures.
-        rows: metrics of all stages; the loss curves are drawn from them.
+        rows: metrics of all stages; the curves of loss and calibration are drawn from them.
         pictures: timelines of clips.
         facts: short things to say about the run, name → value.
         settings: the resolved configuration; secrets are hidden.
@@ -76,6 +78,9 @@ def write_html(
     curves = loss_curves(rows)
     if curves:
         body += ["<h2>Training loss</h2>", f'<section class="curves">{curves}</section>']
+    calibration = calibration_curves(rows)
+    if calibration:
+        body += ["<h2>Calibration of speaking</h2>", f'<section class="curves calibration">{calibration}</section>']
     if pictures:
         body += ["<h2>What the model says, and when</h2>", _legend(), *map(_picture, pictures)]
     if settings:
