@@ -41,7 +41,7 @@ def calibration_curves(rows: Sequence[MetricsRow]) -> str:
     if not stages:
         return ""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(stages), figsize=(3.1 * len(stages) + 0.4, 2.9), squeeze=False)
+        figure, axes = plt.subplots(1, len(stages), figsize=(3.4 * len(stages) + 0.4, 3.2), squeeze=False)
         for stage, axis in zip(stages, axes[0], strict=True):
             _draw_stage(axis, stage, [row for row in rows if row.stage == stage])
         axes[0][0].set_ylabel("a reply was due", color=MUTED)
@@ -63,6 +63,5 @@ def _draw_stage(axis, stage: str, rows: Sequence[MetricsRow]) -> None:
     axis.set_xlabel("P(speak)", color=MUTED)
     axis.set_xlim(-0.03, 1.03)
     axis.set_ylim(-0.03, 1.03)
-    axis.set_aspect("equal")
     plain_axis(axis)
-    axis.legend(frameon=False, fontsize=7.5, labelcolor=MUTED, loc="upper left", bbox_to_anchor=(1, 1))
+    axis.legend(frameon=False, fontsize=7.5, labelcolor=MUTED, loc="upper left")
