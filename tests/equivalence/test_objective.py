@@ -28,9 +28,10 @@ CASES = {
     "deepspeed-zero3-tp2-sp-dp2": Case(
         ADAMW, LayoutConfig(tp=2, sp=True, dp=2, zero=3), FULL, engine_name="deepspeed"
     ),
-    "deepspeed-pp2-tp2-sp-zero1": Case(ADAMW, LayoutConfig(pp=2, tp=2, sp=True, zero=1), engine_name="deepspeed"),
+    "deepspeed-pp2-zero1": Case(ADAMW, LayoutConfig(pp=2, zero=1), engine_name="deepspeed"),
 }  # fmt: skip
 MORE = {
+    "deepspeed-pp2-tp2-sp-zero1": Case(ADAMW, LayoutConfig(pp=2, tp=2, sp=True, zero=1), engine_name="deepspeed"),
     "tp2-cp2-dp2": Case(SGD, LayoutConfig(tp=2, cp=2, dp=2), micro_batch_rows=2),
     "sparse": Case(SPARSE, LayoutConfig(dp=4), pack=False, overlap_grad_reduce=True),
     "deepspeed-zero2-cp2-dp2": Case(SGD, LayoutConfig(cp=2, dp=2, zero=2), engine_name="deepspeed"),
