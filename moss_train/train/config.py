@@ -84,7 +84,7 @@ class StageConfig:
     compiler: CompilerConfig = field(default_factory=CompilerConfig)
     """How samples become tokens: frame rate, frame limits, visibility."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    """What the loss weighs."""
+    """What the loss weighs; a name takes a published objective of `recipes/objective/`: moss_vl, streamo, dispider."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and learning-rate schedule."""
     steps: int | None = None
