@@ -23,21 +23,21 @@ class Caption:
 
 @dataclass(frozen=True)
 class CaptionTimeline:
-    """All captions of one video, in the order in which they become known."""
+    """All captions of one video, in the order in which they become known. It is watched from `start_s` to `end_s`."""
 
     key: str
-    duration_s: float
+    end_s: float
     captions: tuple[Caption, ...]
     states: bool = False  #: captions say what is on screen throughout their spans, which follow each other
     start_s: float = 0.0
 
     @staticmethod
     def of(
-        key: str, duration_s: float, captions: list[Caption], states: bool = False, start_s: float = 0.0
+        key: str, end_s: float, captions: list[Caption], states: bool = False, start_s: float = 0.0
     ) -> "CaptionTimeline":
         """The timeline of captions in any order."""
         ordered = sorted(captions, key=lambda caption: (caption.seen_s, caption.start_s, caption.text))
-        return CaptionTimeline(key, duration_s, tuple(ordered), states, start_s)
+        return CaptionTimeline(key, end_s, tuple(ordered), states, start_s)
 
     def known(self, time_s: float) -> int:
         """How many captions may be used at `time_s`; they are the first ones."""

@@ -98,6 +98,14 @@ class Rejected(Exception):
         self.rejection = rejection
 
 
+class WriterFault(Exception):
+    """The writer could not do its part for one video; `reason` is one word for the counts."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Task:
     """What a writer plans for: one video and the conditions of its stream."""
@@ -121,7 +129,7 @@ class Plan:
 
 class Writer(Protocol):
     """What thinks of questions and answers them. `plan` may look at the whole timeline, `decide` only at its
-    situation. Both may be called for several videos at a time."""
+    situation. Both may be called for several videos at a time, and may raise WriterFault."""
 
     async def plan(self, task: Task) -> Plan:
         """The questions of one stream."""
