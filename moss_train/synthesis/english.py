@@ -16,15 +16,19 @@ _STATE = re.compile(
     r"(?: (?P<preposition>on|at|in) the (?P<place>[a-z]+))?$"
 )
 _PRONOUNS = {"he": "he", "she": "she", "they": "they", "it": "it"}
-#: nouns a sentence may be about → pronoun
+#: nouns a sentence may be about → pronoun; "" where English has none for one
 _ACTORS = (
     dict.fromkeys("man boy guy gentleman father".split(), "he")
     | dict.fromkeys("woman girl lady mother".split(), "she")
     | dict.fromkeys(
-        """men women boys girls ladies guys people children kids persons players dancers players teams dogs cats horses
-        couple crowd group team band audience person child kid baby player dancer athlete gymnast instructor chef swimmer
-        skier surfer runner rider coach referee""".split(),
+        """men women boys girls ladies guys people children kids persons players dancers players teams dogs cats
+        horses""".split(),
         "they",
+    )
+    | dict.fromkeys(
+        """couple crowd group team band audience person child kid baby player dancer athlete gymnast instructor chef
+        swimmer skier surfer runner rider coach referee""".split(),
+        "",
     )
     | dict.fromkeys("dog cat horse bird camera".split(), "it")
 )
@@ -69,8 +73,20 @@ class Action:
     """Who does what in a free caption."""
 
     actor: str  #: noun, or a pronoun that stands for nobody named before
-    pronoun: str
+    pronoun: str  #: "" when the noun has none
     does: str  #: the sentence after the subject, "lifts a weight over his head."
+
+    @property
+    def plural(self) -> bool:
+        return self.pronoun == "they"
+
+    @property
+    def named(self) -> bool:
+        return self.actor not in _PRONOUNS
+
+    def sentence(self) -> str:
+        """What the actor does, as a part of a sentence: "he lifts a weight over his head."."""
+        return f"{self.pronoun or 'the ' + self.actor} {self.does.rstrip('.!?,;: ')}."
 
 
 def actions_of(captions: tuple[Caption, ...]) -> list[Action | None]:
@@ -80,7 +96,7 @@ def actions_of(captions: tuple[Caption, ...]) -> list[Action | None]:
     for caption in captions:
         action = _action(caption.text)
         if action is not None:
-            if action.actor in _PRONOUNS:
+            if not action.named:
                 action = Action(last.get(action.pronoun, action.actor), action.pronoun, action.does)
             last[action.pronoun] = action.actor
         actions.append(action)
@@ -103,11 +119,15 @@ def _action(text: str) -> Action | None:
 
 def sentence(text: str) -> str:
     """One line with a capital and a full stop, without what ties it to the sentence before ("Then, …")."""
-    text = _OPENERS.sub("", " ".join(text.split())) or " ".join(text.split())
+    text = " ".join(text.split()).rstrip(",;: ")
+    text = _OPENERS.sub("", text) or text
     return text[0].upper() + text[1:] + ("" if text[-1] in ".!?" else ".")
 
 
-def inside(text: str) -> str:
-    """A sentence as part of another: its first word loses the capital unless it may be a name."""
+def after(opener: str, text: str) -> str:
+    """A sentence after "Now" or "Then": "Now he sits down.", or "Now: Cut the wires." where its first word may be a name
+    or a command."""
     head, _, rest = sentence(text).partition(" ")
-    return (head.casefold() if head.casefold().strip(",") in _LOWERED else head) + (" " + rest if rest else "")
+    if head.casefold().strip(",") not in _LOWERED:
+        return f"{opener}: {sentence(text)}"
+    return f"{opener} {head.casefold()}" + (" " + rest if rest else "")

@@ -2,7 +2,7 @@
 
 from moss_train.synthesis.captions import Caption, plain
 from moss_train.synthesis.dialogue import Decision, Situation
-from moss_train.synthesis.english import actions_of, inside, sentence
+from moss_train.synthesis.english import actions_of, after, sentence
 
 NOW, SO_FAR = "now", "so far"
 #: a sentence about what happens now is no answer any more so many seconds after its span
@@ -25,7 +25,7 @@ def decide_about_events(situation: Situation) -> Decision:
 def story(told: tuple[Caption, ...]) -> str:
     """What has happened, one sentence after another."""
     first, *rest = (caption.text for caption in told)
-    return " ".join([sentence(first), *(f"Then {inside(part)}" for part in rest)])
+    return " ".join([sentence(first), *(after("Then", part) for part in rest)])
 
 
 def _about_now(situation: Situation) -> Decision:
@@ -34,7 +34,7 @@ def _about_now(situation: Situation) -> Decision:
         return Decision("silence")
     if situation.said is None:
         return Decision("answer", sentence(latest.text))
-    revision = f"Now {inside(latest.text)}"
+    revision = after("Now", latest.text)
     if plain(situation.said) in (plain(revision), plain(sentence(latest.text))):
         return Decision("confirm", situation.said, changed="event")
     return Decision("revise", revision, changed=NOW)
@@ -48,7 +48,7 @@ def _about_actor(situation: Situation, actor: str) -> Decision:
         return Decision("silence")
     caption, action = situation.seen[number], actions[number]
     assert action is not None
-    does = f"{action.pronoun} {action.does.rstrip('.!? ')}."
+    does = action.sentence()
     evidence = (caption.start_s, caption.end_s)
     if situation.said is None:
         fresh = situation.now_s - caption.seen_s <= FRESH_S

@@ -63,13 +63,11 @@ class EventPlanner:
         """A question about what happens now or about somebody seen by then; None when it would never be answered."""
         seen = self._task.timeline.seen(shown_by(self._task.watch, t)) if t > self._task.watch.start_s else ()
         actors = [action for action in actions_of(seen) if action is not None and action.actor != avoid]
-        # a pronoun that stands for nobody names no one
-        actors = [action for action in actors if action.actor != action.pronoun]
+        named = [action for action in actors if action.named]
         about_actor = self._rng.random() < ABOUT_ACTOR
         candidates = []
-        if actors:
-            actor = actors[-1].actor
-            verb = "are" if actor.endswith(("s", "men", "people", "children")) and actor != "boss" else "is"
+        if named:
+            actor, verb = named[-1].actor, "are" if named[-1].plural else "is"
             candidates.append(Question(t, f"What {verb} the {actor} doing?", actor))
         if avoid != NOW:
             candidates.insert(0 if not about_actor else len(candidates), Question(t, self._one_of(WHAT_NOW), NOW))

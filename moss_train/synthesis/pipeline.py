@@ -92,5 +92,5 @@ def _counts(plan: Plan, dialogue: list[Asked]) -> dict[str, int]:
         "revisions": actions.count("revise"),
         "confirmations": actions.count("confirm"),
         "interruptions": sum(asked.cuts for asked in dialogue),
-        "silent": not dialogue,
+        "silent": int(not dialogue),
     }

@@ -190,7 +190,8 @@ def _spoken(reply: Reply) -> Iterator[Caption]:
     held: list[tuple[float, str]] = []
     for (time_s, text), following in zip(parts, [*parts[1:], None], strict=True):
         held.append((time_s, text))
-        paused = following is None or following[0] - time_s > _PAUSE_S
+        broken_off = following is None and not reply.complete
+        paused = not broken_off and (following is None or following[0] - time_s > _PAUSE_S)
         if paused or _SENTENCE_END.search(text.strip()):
             whole = " ".join("".join(part for _, part in held).split())
             if whole:

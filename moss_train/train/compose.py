@@ -28,7 +28,7 @@ from moss_train.train.config import RunConfig
 CONFIG_FILE = "config.yaml"  #: of a run's folder
 
 #: Groups of recipe files that an override may choose from; `recipe=…` is one of them.
-GROUPS = ("recipe", "model", "layout", "engine", "tracking")
+GROUPS = ("recipe", "model", "layout", "engine", "tracking", "data")
 #: Those of which each stage has a choice of its own: `stages.<name>.objective=moss_vl`.
 STAGE_GROUPS = ("objective",)
 
@@ -36,9 +36,9 @@ STAGE_GROUPS = ("objective",)
 def compose_run(arguments: Sequence[str]) -> RunConfig:
     """The run that `key=value` overrides describe, validated.
 
-    `recipe=`, `model=`, `layout=`, `engine=` and `tracking=` choose files below `recipes/`, as does a name given to
-    `stages.<stage>.objective=`; every other key is a field of `RunConfig`. `stages.*.…` sets a field of every stage,
-    `~key` takes out a stage or a source of the recipe, and `recipes=DIR` adds a folder of one's own recipe files.
+    `recipe=`, `model=`, `layout=`, `engine=`, `tracking=` and `data=` choose files below `recipes/`, as does a name
+    given to `stages.<stage>.objective=`; every other key is a field of `RunConfig`. `stages.*.…` sets a field of every
+    stage, `~key` takes out a stage or a source of the recipe, and `recipes=DIR` adds a folder of one's own recipe files.
     Raises ConfigError for everything that is wrong with them.
     """
     overrides: list[tuple[str, str | None]] = []
@@ -63,7 +63,12 @@ def compose_run(arguments: Sequence[str]) -> RunConfig:
     if "recipe" not in dict(overrides):
         raise ConfigError(f"choose a recipe: recipe={' or recipe='.join(available('recipe', folders))}")
     # Which stages there are is known when all else is composed.
-    config = _compose([(key, text) for key, text in overrides if not _waits(key, text)], folders)
+    known = [(key, text) for key, text in overrides if not _waits(key, text)]
+    config = _compose(known, folders)
+    if any(key == "data" for key, _ in overrides):
+        plain = _compose([item for item in known if item[0] != "data"], folders)
+        for stage in set(config.stages) - set(plain.stages):
+            raise ConfigError(f"data={dict(overrides)['data']}: this recipe has no stage {stage!r} that could read it")
     if any(_waits(key, text) for key, text in overrides):
         stages = list(config.stages)
         expanded = [
