@@ -10,7 +10,6 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -108,7 +107,7 @@ class Usage:
 class ChatClient:
     """Use it as an async context manager; many coroutines may ask at a time."""
 
-    def __init__(self, options: EndpointOptions, sleep: Callable[[float], Any] = asyncio.sleep):
+    def __init__(self, options: EndpointOptions):
         try:
             import httpx
         except ImportError as error:
@@ -116,7 +115,6 @@ class ChatClient:
         self.usage = Usage()
         self._httpx = httpx
         self._options = options
-        self._sleep = sleep
         self._key = os.environ.get(options.api_key_env, "") if options.api_key_env else ""
         default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moss_train" / "synthesis"
         self._cache = Path(options.cache) if options.cache else default
@@ -212,14 +210,15 @@ class ChatClient:
                     return response.json()
                 failure = f"HTTP {response.status_code}: {self._said(response)}"
                 self._check(response.status_code, failure)
-                wait_s = _asked_wait_s(response) or wait_s
+                asked_s = _asked_wait_s(response)
+                wait_s = wait_s if asked_s is None else asked_s
             except self._httpx.TransportError as error:
                 failure = self._scrub(f"{type(error).__name__}: {error}")
             except ValueError as error:
                 failure = f"its answer is no JSON ({error})"
             if attempt < options.retries:
                 self.usage.retries += 1
-                await self._sleep(wait_s)
+                await asyncio.sleep(wait_s)
         raise DataError(
             f"{options.base_url} gave no answer in {options.retries + 1} tries ({failure}): what is written stays; run "
             "again to go on when it is back"

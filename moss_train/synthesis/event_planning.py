@@ -87,7 +87,11 @@ class EventPlanner:
 
     def _moment(self, first_frame: int) -> int | None:
         """A frame at which something is known and after which something becomes known."""
-        low, high = max(first_frame, self._changes[0]), min(self._changes[-1] - 1, self._last - 2)
+        return self._soon(max(first_frame, self._changes[0]), min(self._changes[-1] - 1, self._last - 2))
+
+    def _soon(self, low: int, high: int) -> int | None:
+        """A frame in [low, high], within the time to the next scenario; None when there is none."""
+        high = min(high, low + round(self._task.question_every_s * self._task.watch.fps))
         return self._between(low, high) if low <= high else None
 
     def _during(self, first_frame: int) -> list[Question] | None:
@@ -96,8 +100,7 @@ class EventPlanner:
         return question and [question]
 
     def _late(self, first_frame: int, earliest: int) -> int | None:
-        low, high = max(first_frame, earliest), self._last - 2
-        return self._between(low, high) if low <= high else None
+        return self._soon(max(first_frame, earliest), self._last - 2)
 
     def _after(self, first_frame: int) -> list[Question] | None:
         frame = self._late(first_frame, self._changes[-1])

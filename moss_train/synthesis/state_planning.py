@@ -24,7 +24,7 @@ SETTLED = 2
 class StatePlanner:
     """Satisfies the `Planner` protocol."""
 
-    scarce = {"before": 1.3, "after": 30.0, "interruption": 1.5, "two_questions": 1.4}
+    scarce = {"after": 30.0, "interruption": 2.1, "two_questions": 2.8, "silent": 0.9}
 
     def __init__(self, task: Task):
         self._task = task
@@ -73,6 +73,10 @@ class StatePlanner:
         """Whether nothing changes in the frames after an answer."""
         return not any(answer_frame < change < answer_frame + frames for change in self._changes)
 
+    def _steady(self, answer_frame: int, frames: int = SETTLED) -> bool:
+        """The same, and what the answer is about was shown before the frame at which it is given."""
+        return answer_frame not in self._changes and self._settled(answer_frame, frames)
+
     def _ask(
         self, t: float, answer_frame: int, avoid: str | None = None, steady_after: int | None = None
     ) -> Question | None:
@@ -119,7 +123,7 @@ class StatePlanner:
         fitting = [
             frame
             for frame in range(start, min(start + max(2, (self._last + 1 - start) // 6), self._last - 2) + 1)
-            if self._shown[frame] is not None and self._shown[frame + 1] is not None and self._settled(frame + 1, needs)
+            if self._shown[frame] is not None and self._shown[frame + 1] is not None and self._steady(frame + 1, needs)
         ]
         return fitting[self._between(0, len(fitting) - 1)] if fitting else None
 
@@ -179,7 +183,7 @@ class StatePlanner:
             question = self._ask(self._time(moment + 0.25), answered, steady_after=answered + gap)
             first = question and [question]
         frame = answered + gap
-        if not first or frame > self._last - 2 or self._shown[frame + 1] is None or not self._settled(frame + 1):
+        if not first or frame > self._last - 2 or self._shown[frame + 1] is None or not self._steady(frame + 1):
             return None
         second = self._ask(self._time(frame + 0.25), frame + 1, avoid=first[0].topic)
         return second and [*first, second]
