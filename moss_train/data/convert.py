@@ -93,7 +93,10 @@ def convert(options: ConvertOptions) -> ConvertSummary:
     quarantined: list[SampleError] = []
     with staged_folder(out) as partial:
         keys: set[str] = set()
-        rows = _examples(files) if options.source == "examples" else annotation_rows(files, FORMATS[options.source], context)
+        if options.source == "examples":
+            rows = _examples(files)
+        else:
+            rows = annotation_rows(files, options.source, FORMATS[options.source], context)
         for key, row in rows:
             try:
                 if isinstance(row, SampleError):
@@ -179,8 +182,8 @@ def place_medium(path: Path, target: Path, copy: bool) -> None:
 Row = tuple[str, Callable[[], Imported] | SampleError]
 
 
-def annotation_rows(files: list[Path], form: Format, context: ImportContext) -> Iterator[Row]:
-    """The rows of all files of one form, with keys `<file>-000000` onwards."""
+def annotation_rows(files: list[Path], source: str, form: Format, context: ImportContext) -> Iterator[Row]:
+    """The rows of all files of one form, with keys `<file>-000000` onwards; `source` names the form in messages."""
     for file in files:
         stem = file.stem.replace(".", "_")
         count = 0
@@ -191,7 +194,7 @@ def annotation_rows(files: list[Path], form: Format, context: ImportContext) -> 
                     count += 1
                     yield key, (lambda row=row, key=key: form.read(row, key, context))
         except SampleError as error:  # the file as a whole has another form
-            yield stem, SampleError(stem, f"{file.name}: {error.reason}; has source= another form?")
+            yield stem, SampleError(stem, f"{file.name}: {error.reason}; is it of source={source}?")
         except (ValueError, RecursionError) as error:
             read = f" after {count} rows" if count else ""
             yield stem, SampleError(stem, f"{file.name} is not JSON{read}: {error}")

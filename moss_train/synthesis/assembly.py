@@ -43,7 +43,7 @@ def assemble(
 
 
 def _check_compiles(task: Task, sample: StreamSample, watch: Watch) -> None:
-    """The compiler lays the replies into slots as a recipe with this rate and tokenizer will: no two may run at once."""
+    """The compiler lays the replies into slots as a recipe of this rate and tokenizer will; no two may run at once."""
     config = CompilerConfig(
         fps=watch.fps, tokens_per_second=task.pace.tokens_per_second, max_frames=max(1, watch.frames())
     )

@@ -151,8 +151,8 @@ class SynthOptions:
 
 def synth_command(options: SynthOptions) -> int:
     """Make real-time dialogues of captions: questions, answers from what has been seen so far, revisions when it
-    changes, silence otherwise. What `out` holds already is left as it is when the same code made it of the same captions
-    with the same options; a run that was stopped goes on where it was."""
+    changes, silence otherwise. What `out` holds already is left as it is when the same code made it of the same
+    captions with the same options; a run that was stopped goes on where it was."""
     started = time.monotonic()
     made = synth(options, progress=True)
     console = Console(highlight=False, width=None if Console().is_terminal else 120)
@@ -235,9 +235,7 @@ def _write(
     return None
 
 
-def _by_rules(
-    options: SynthOptions, todo: list[Footage], tokenizer: StreamTokenizer, made: dict
-) -> Iterator[Outcome]:
+def _by_rules(options: SynthOptions, todo: list[Footage], tokenizer: StreamTokenizer, made: dict) -> Iterator[Outcome]:
     """The outcomes of the rule-based writer, in any order."""
     tasks = [todo[first : first + _VIDEOS_PER_TASK] for first in range(0, len(todo), _VIDEOS_PER_TASK)]
     if options.workers == 1 or len(tasks) < 2:

@@ -1,8 +1,8 @@
 """How long a reply takes: its tokens at a rate, laid into the slots between frames as the stream compiler does it.
 
 A reply that starts at time t has said at most `rate x (time since t)` tokens by the end of a slot, and at least one in
-each (`streams/timeline.py`). With a spread, each reply is spoken at its own rate, as a decoder under changing load does:
-then its words are written as `chunks`, so that they keep their slots whatever the recipe's rate is.
+each (`streams/timeline.py`). With a spread, each reply is spoken at its own rate, as a decoder under changing load
+does: then its words are written as `chunks`, so that they keep their slots whatever the recipe's rate is.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
-"""What simple rules read out of captions: the state that a structured caption describes, and who does what in a free one.
+"""What simple rules read out of captions: the state that a structured caption describes, who does what in a free one.
 
-A structured caption is `[number] [colour] noun [on|at|in the place]`, as "two red blocks on the left". Everything else is
+A structured caption is `[number] colour noun [on|at|in the place]`, as "two red blocks on the left". Everything else is
 a free sentence, of which the grammatical subject is looked for among words for people and animals.
 """
 
@@ -125,8 +125,8 @@ def sentence(text: str) -> str:
 
 
 def after(opener: str, text: str) -> str:
-    """A sentence after "Now" or "Then": "Now he sits down.", or "Now: Cut the wires." where its first word may be a name
-    or a command."""
+    """A sentence after "Now" or "Then": "Now he sits down.", or "Now: Cut the wires." where its first word may be a
+    name or a command."""
     head, _, rest = sentence(text).partition(" ")
     if head.casefold().strip(",") not in _LOWERED:
         return f"{opener}: {sentence(text)}"

@@ -10,12 +10,13 @@ from collections.abc import Iterable
 _WORDS = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 #: no content: the grammar, and what the templates of an answer add
 FUNCTION_WORDS = frozenset(
-    """a about above after again all also an and another any are around as at away back be because been before being both
-    but by can could did do does doing done down during each every few first for from further had has have having he her
-    here hers him his how i if in into is it its itself just later less many me more most much my no nor not now of off
-    on once only or other our out over own s same see seen several she should so some still such t than that the their
-    them then there these they this those through thus to together too under until up upon us very was we were what
-    when where which while who whom whose why will with would yet you your next finally far happening yes""".split()
+    """a about above after again all also an and another any are around as at away back be because been before being
+    both but by can could did do does doing done down during each every few first for from further had has have
+    having he her here hers him his how i if in into is it its itself just later less many me more most much my no
+    nor not now of off on once only or other our out over own s same see seen several she should so some still such
+    t than that the their them then there these they this those through thus to together too under until up upon us
+    very was we were what when where which while who whom whose why will with would yet you your next finally far
+    happening yes""".split()
 )
 NUMBERS = dict(
     zip("zero one two three four five six seven eight nine ten eleven twelve".split(), map(str, range(13)), strict=True)

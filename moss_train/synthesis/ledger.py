@@ -99,9 +99,7 @@ class Ledger:
 
     def finish(self, made_by: dict, usage: dict | None) -> dict[str, Any]:
         """Write the marker and the rejected items in the order of their keys; returns the summary."""
-        rejected = [
-            {"key": key} | rejection for key in sorted(self.rows) for rejection in self.rows[key]["rejections"]
-        ]
+        rejected = [{"key": key} | rejection for key in sorted(self.rows) for rejection in self.rows[key]["rejections"]]
         if rejected:
             write_lines(self._folder / REJECTED_NAME, rejected)
         summary = self.summary()

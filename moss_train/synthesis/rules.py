@@ -1,8 +1,8 @@
 """The rule-based writer: deterministic, offline, without any model. The default.
 
-Structured captions ("two red blocks on the left") are asked for their attributes; the answers are worded as those of the
-rendered clips. Free captions are asked what happens, what somebody does and what has happened so far; the answers are
-(parts of) captions. Which of the two a video gets depends on whether all of its captions are structured.
+Structured captions ("two red blocks on the left") are asked for their attributes; the answers are worded as those of
+the rendered clips. Free captions are asked what happens, what somebody does and what has happened so far; the answers
+are (parts of) captions. Which of the two a video gets depends on whether all of its captions are structured.
 """
 
 from moss_train.synthesis.dialogue import Decision, Plan, Situation, Task

@@ -105,9 +105,7 @@ def _rendered(where: Where) -> Iterator[Found]:
                 raise SampleError(key, f"{path} is missing")
             medium = {"id": "v0", "kind": "video", "member": "mp4", "duration_s": duration_s}
             # what a clip shows is plain as soon as it is shown
-            captions = [
-                Caption(span.span[0], min(span.span[1], duration_s), span.text, span.span[0]) for span in spans
-            ]
+            captions = [Caption(span.span[0], min(span.span[1], duration_s), span.text, span.span[0]) for span in spans]
             yield key, Footage(CaptionTimeline.of(key, duration_s, captions, states=True), medium, path)
         except SampleError as error:
             yield key, error
@@ -120,7 +118,7 @@ def _annotated(where: Where) -> Iterator[Found]:
     form = FORMATS[where.source]
     if where.source == "activitynet":
         form = Format(_activitynet_reader(where.seen_at), activitynet_rows)
-    for key, row in annotation_rows(annotation_files(Path(where.captions)), form, context):
+    for key, row in annotation_rows(annotation_files(Path(where.captions)), where.source, form, context):
         try:
             if isinstance(row, SampleError):
                 raise row

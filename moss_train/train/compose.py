@@ -38,8 +38,8 @@ def compose_run(arguments: Sequence[str]) -> RunConfig:
 
     `recipe=`, `model=`, `layout=`, `engine=`, `tracking=` and `data=` choose files below `recipes/`, as does a name
     given to `stages.<stage>.objective=`; every other key is a field of `RunConfig`. `stages.*.…` sets a field of every
-    stage, `~key` takes out a stage or a source of the recipe, and `recipes=DIR` adds a folder of one's own recipe files.
-    Raises ConfigError for everything that is wrong with them.
+    stage, `~key` takes out a stage or a source of the recipe, and `recipes=DIR` adds a folder of one's own recipe
+    files. Raises ConfigError for everything that is wrong with them.
     """
     overrides: list[tuple[str, str | None]] = []
     folders: list[str] = []

@@ -65,7 +65,9 @@ def free_timelines(draw) -> CaptionTimeline:
     for number in range(draw(st.integers(1, 8))):
         start_s = draw(st.floats(0.0, end_s - 1.0))
         length_s = draw(st.floats(0.0, end_s - start_s))
-        subject = draw(st.sampled_from(["A man", "The woman", "She", "He", "People", "Two dogs", "The crowd", "Zoltan"]))
+        subject = draw(
+            st.sampled_from(["A man", "The woman", "She", "He", "People", "Two dogs", "The crowd", "Zoltan"])
+        )
         verb = draw(st.sampled_from(["lifts", "is seen with", "walks to", "drop"]))
         # no two of these share a stem
         own = [f"{first}{'abcdefgh'[number]}{second}" for first, second in (("qu", "mol"), ("vex", "tag"))]

@@ -44,9 +44,7 @@ def make(writer: Scripted, of=EVENTS, **changed) -> tuple[dict | None, list[str]
 
 
 def test_changes_are_frames_at_which_something_new_is_known():
-    of = timeline(
-        (0.0, 1.2, "A."), (0.5, 1.9, "B."), (1.0, 4.0, "b"), (0.0, 7.0, "C."), (1.0, 11.5, "D."), end_s=12.0
-    )
+    of = timeline((0.0, 1.2, "A."), (0.5, 1.9, "B."), (1.0, 4.0, "b"), (0.0, 7.0, "C."), (1.0, 11.5, "D."), end_s=12.0)
     changes = find_changes(of, Watch(1.0, 0.0, 12.0))
     # A and B become known by the same frame; b says what B said; D only after the last frame
     assert [(change.frame, change.known, len(change.news)) for change in changes] == [(2, 2, 2), (7, 4, 1)]
@@ -68,7 +66,9 @@ def test_a_writer_is_asked_at_changes_and_never_sees_a_later_caption():
 
 def test_what_changes_during_a_reply_waits_for_its_end_and_is_taken_together():
     long = "A man cuts an apple and a man cuts it."
-    writer = Scripted((Question(2.25, "And?", "x"),), [Decision("answer", long), Decision("revise", "The crowd cheers.")])
+    writer = Scripted(
+        (Question(2.25, "And?", "x"),), [Decision("answer", long), Decision("revise", "The crowd cheers.")]
+    )
     (asked,) = hold(writer, rate=3.0)
     tokens = len(TOKENIZER.encode(long))
     free = 3 + -(-tokens // 3)
@@ -82,7 +82,9 @@ def test_a_question_cuts_what_runs_and_is_answered_at_once():
         Question(2.5, "Describe it.", "all", stands=False),
         Question(4.5, "What now?", "now", at_once=True, cut_in="Stop. "),
     )
-    writer = Scripted(questions, [Decision("answer", "A man cuts an apple. A man cuts an apple."), Decision("answer", "He cuts.")])
+    writer = Scripted(
+        questions, [Decision("answer", "A man cuts an apple. A man cuts an apple."), Decision("answer", "He cuts.")]
+    )
     sample, reasons = make(writer, tokens_per_second=4.0)
     assert not reasons
     told = [(event["t"], event.get("kind", "ask"), event.get("text")) for event in sample["events"]]
@@ -136,10 +138,12 @@ def test_events_and_metadata_say_the_same_as_in_the_rendered_clips():
         (Question(1.25, "What?", "x"), [Decision("answer", "He cuts it for 3 seconds.")], "answer: clock"),
         (Question(1.25, "What?", "x"), [Decision("answer", "  ")], "answer: empty"),
         (Question(1.25, "What?", "x"), [Decision("revise", "He cuts.")], "revise: out_of_turn"),
-        (Question(1.25, "What?", "x"), [Decision("answer", "He cuts."), Decision("answer", "Cuts.")], "answer: out_of_turn"),
+        (Question(1.25, "What?", "x"), [Decision("answer", "He cuts."), Decision("answer", "Cuts.")],
+         "answer: out_of_turn"),
         (Question(1.25, "What?", "x"), [Decision("answer", "He cuts."), Decision("revise", "He cuts.")],
          "revise: nothing_new"),
-        (Question(1.25, "What?", "x"), [Decision("answer", "He cuts."), Decision("revise", "It cheers.")], "revise: leak"),
+        (Question(1.25, "What?", "x"), [Decision("answer", "He cuts."), Decision("revise", "It cheers.")],
+         "revise: leak"),
         (Question(1.25, "What?", "x"), [], "question: never_answered"),
     ],
 )  # fmt: skip

@@ -58,9 +58,7 @@ def test_every_stream_compiles_and_is_the_same_again(of, seed):
     counts = outcome.counts
     assert counts["planned"] == counts["questions"] + len(rejected)
     sample = parse_sample(outcome.sample, "clip")
-    row = compile_sample(
-        sample, {"v0": MediaInfo(of.end_s, 25.0)}, TOKENIZER, CompilerConfig(tokens_per_second=8.0)
-    )
+    row = compile_sample(sample, {"v0": MediaInfo(of.end_s, 25.0)}, TOKENIZER, CompilerConfig(tokens_per_second=8.0))
     said = {slot.event_id for slot in row.slots if slot.event_id is not None}
     assert said == {event.id for event in sample.events if hasattr(event, "text") and event.role == "assistant"}
     metadata, events = sample.source_metadata, {event.id: event for event in sample.events}

@@ -130,7 +130,9 @@ def test_leaks_and_clocks_of_a_model_are_left_out(server, videos):
         if "stay silent" in prompt:
             return '{"action": "answer", "text": "He will need a hammer."}'
         if "question(s)" in prompt:
-            return PLAN.replace("]}", ', {"t": 8.0, "text": "What now?"}, {"t": 9.5, "text": "What was that at 0:02?"}]}')
+            return PLAN.replace(
+                "]}", ', {"t": 8.0, "text": "What now?"}, {"t": 9.5, "text": "What was that at 0:02?"}]}'
+            )
         return answer(prompt)
 
     server.answer = leaks

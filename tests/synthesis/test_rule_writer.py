@@ -73,12 +73,14 @@ def test_streams_of_rendered_clips_behave_as_those_that_were_rendered():
 def test_the_text_of_a_free_caption():
     assert sentence(" Then,  she stops and\n walks off ") == "She stops and walks off."
     assert sentence("it passes,") == "It passes."
-    assert after("Now", "A man sits.") == "Now a man sits." and after("Then", "Cut the wires.") == "Then: Cut the wires."
+    assert (
+        after("Now", "A man sits.") == "Now a man sits." and after("Then", "Cut the wires.") == "Then: Cut the wires."
+    )
 
 
 def test_who_does_what():
-    texts = ["A young woman stands.", "The man in a hat waves.", "He sits down", "She is dancing.", "A person is singing!",
-             "Two dogs run.", "They bark.", "Rain falls."]  # fmt: skip
+    texts = """A young woman stands.|The man in a hat waves.|He sits down|She is dancing.|A person is singing!
+Two dogs run.|They bark.|Rain falls.""".replace("\n", "|").split("|")
     captions = tuple(Caption(0.0, 1.0, text, 1.0) for text in texts)
     found = [action and (action.actor, action.sentence()) for action in actions_of(captions)]
     assert found == [

@@ -28,6 +28,20 @@ def test_every_layout_composes(layout, monkeypatch):
         assert {name: getattr(run.layout, name) for name in said} == said
 
 
+def test_the_real_time_stage_of_a_recipe_can_learn_from_synthesised_dialogues():
+    for recipe in ("quickstart", "quickstart_smoke", "pipeline", "realtime"):
+        plain, synth = (compose_run([f"recipe={recipe}", *more]) for more in ([], ["data=synth"]))
+        assert compose_run([f"recipe={recipe}", "data=rendered"]) == plain
+        sources = synth.stages["realtime"].data.sources
+        assert [source.path for source in sources.values()] == [f"{synth.data_root}/realtime_synth"]
+        sources["realtime"].path = f"{synth.data_root}/realtime"
+        assert synth == plain  # nothing else differs
+    with pytest.raises(ConfigError, match="data=synth: this recipe has no stage 'realtime'"):
+        compose_run(["recipe=sft", "data=synth"])
+    with pytest.raises(ConfigError, match="unknown data 'sinth'; did you mean synth"):
+        compose_run(["recipe=quickstart", "data=sinth"])
+
+
 def test_published_recipes_train_in_bfloat16_and_those_for_any_machine_in_float32():
     precision = {recipe: compose_run([f"recipe={recipe}"]).precision for recipe in available("recipe")}
     published = {"align", "temporal", "sft", "realtime", "pipeline", "reference_zero2"}

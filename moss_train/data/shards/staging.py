@@ -46,8 +46,8 @@ def staged_folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def resumable_folder(out: Path, made_by: str) -> Iterator[Path]:
-    """Like `staged_folder`, for work that is worth keeping: what a block has written when it is killed or raises stays in
-    `<out>.unfinished`, and the next block finds it there if its `made_by` is the same. What another left is removed.
+    """Like `staged_folder`, for work that is worth keeping: what a block has written when it is killed or raises stays
+    in `<out>.unfinished`, and the next block finds it there if its `made_by` is the same. What another left is removed.
 
     Raises DataError while another process works on the same folder.
     """
@@ -58,7 +58,7 @@ def resumable_folder(out: Path, made_by: str) -> Iterator[Path]:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise DataError(f"{partial} is being written by another process: wait for it, or give another out=") from None
+            raise DataError(f"another process is writing {partial}: wait for it, or give another out=") from None
         if not note.is_file() or note.read_text(encoding="utf-8") != made_by:
             for path in partial.iterdir():
                 if path != lock:
