@@ -110,7 +110,8 @@ class Ledger:
 
 def print_summary(summary: dict[str, Any], out: str, console: Console) -> None:
     """The counts as a table, and below it what was rejected and why."""
-    table = Table(title=f"{out}: {summary['samples']} streams of {summary['videos']} videos", title_justify="left")
+    console.print(f"{out}: {summary['samples']} streams of {summary['videos']} videos", soft_wrap=True)
+    table = Table()
     for column in ("", "kept", "rejected"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("videos", str(summary["samples"]), str(summary["rejected_videos"]))
@@ -126,4 +127,4 @@ def print_summary(summary: dict[str, Any], out: str, console: Console) -> None:
     for reason, count in reasons.items():
         console.print(f"rejected {count} × {reason.replace('_', ' ')}")
     if reasons:
-        console.print(f"each is listed in {out}/{REJECTED_NAME}")
+        console.print(f"each is listed in {out}/{REJECTED_NAME}", soft_wrap=True)
