@@ -41,7 +41,9 @@ def decide_about_state(situation: Situation) -> Decision:
         return Decision("answer", answer)
     if situation.said in (answer, revision):
         before = len(situation.seen) - len(situation.news)
-        return Decision("confirm", answer, changed=_changed(situation.seen[before - 1].text, latest))
+        changed = _changed(situation.seen[before - 1].text, latest)
+        # what changed and changed back between two frames, or during a reply, was no change to anybody
+        return Decision("confirm", answer, changed=changed) if changed else Decision("silence")
     return Decision("revise", revision, changed=topic)
 
 

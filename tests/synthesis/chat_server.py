@@ -34,8 +34,10 @@ class ChatServer:
     keys: set = field(default_factory=set)
     running: int = 0
     most_running: int = 0
+    gather: int = 1  #: the first requests wait for each other until so many are under way
     stall_after: int | None = None  #: answer so many requests, then none
     lock: threading.Lock = field(default_factory=threading.Lock)
+    gathered: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
 
 
@@ -55,6 +57,9 @@ def serve() -> Iterator[ChatServer]:
                 server.running += 1
                 server.most_running = max(server.most_running, server.running)
                 stalls = server.stall_after is not None and len(server.prompts) >= server.stall_after
+                if server.running >= server.gather:
+                    server.gathered.set()
+            server.gathered.wait(20)
             try:
                 if stalls:
                     server.released.wait(20)

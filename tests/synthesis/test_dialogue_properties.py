@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 from caption_cases import TOKENIZER, free_timelines, outcome_of, state_timelines
 from hypothesis import given, settings
@@ -25,12 +26,20 @@ def replies(sample: dict) -> list[dict]:
     return [event for event in sample["events"] if event["role"] == "assistant" and "text" in event]
 
 
-@given(st.one_of(free_timelines(), state_timelines()), seeds, st.sampled_from([3.0, 8.0, 38.0]), st.booleans())
+@given(
+    st.one_of(free_timelines(), state_timelines()),
+    seeds,
+    st.sampled_from([3.0, 8.0, 38.0]),
+    st.booleans(),
+    st.sampled_from([1.0, 0.5, 2.0, 3.3]),
+    st.sampled_from([0.0, 1.7]),
+)
 @settings(max_examples=60, deadline=None)
-def test_answers_hold_only_what_has_been_seen(of, seed, rate, spread):
+def test_answers_hold_only_what_has_been_seen(of, seed, rate, spread, fps, start_s):
     """Independent of the leakage check: each word of a reply is one of the templates or of a caption known by then."""
+    of = replace(of, start_s=start_s)
     outcome = outcome_of(
-        of, seed=seed, tokens_per_second=rate, rate_spread=0.5 if spread else 0.0, question_every_s=10.0
+        of, seed=seed, fps=fps, tokens_per_second=rate, rate_spread=0.5 * spread, question_every_s=10.0
     )
     if outcome.sample is None:
         assert outcome.rejections[-1].item == "video"
