@@ -102,6 +102,7 @@ def _transcript(sample: StreamSample, compiled: CompiledStream, timeline: Sequen
                 reference_text=slot.text,
                 reference_ends=slot.ends,
                 reference_event=slot.event_id,
+                reference_tokens=0 if event.piece is None else len(event.piece.ids),
             )
         )
         if event.opens_turn:
@@ -123,6 +124,7 @@ def _transcript(sample: StreamSample, compiled: CompiledStream, timeline: Sequen
         tuple(items.questions()),
         tuple(items.revisions()),
         tuple(items.confirmations()),
+        end_s=sample.sampling.end_s,
     )
 
 
