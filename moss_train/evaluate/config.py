@@ -57,10 +57,18 @@ class EvaluationConfig:
     window_frames: int = 2
     """How many frames late an answer or a revision may be and still count."""
     limit: int | None = None
-    """Evaluate only so many streams, the first of the source's index; null for all."""
+    """Evaluate only so many streams (and offline conversations), the first of the source's index; null for all."""
+    tolerance_s: float = 1.0
+    """Seconds between the beginnings of two replies that still match each other (trigger F1)."""
+    answer_tokens: int = 64
+    """Most tokens of an answer to an offline question."""
+    cache_mb: int = 512
+    """Most memory for the decoded frames of held-out samples, MB (10⁶ bytes) a process, so that the next evaluation
+    finds them; what is beyond is decoded again each time. 0 keeps none."""
 
     def validate(self) -> None:
-        for name, least in (("batch_streams", 1), ("window_frames", 0), ("limit", 1)):
+        least_of = {"batch_streams": 1, "window_frames": 0, "limit": 1, "tolerance_s": 0, "answer_tokens": 1}
+        for name, least in (least_of | {"cache_mb": 0}).items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"evaluate.settings.{name}={value}: must be at least {least}")

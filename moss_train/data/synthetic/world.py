@@ -9,6 +9,8 @@ running reply, and streams in which nobody asks anything. What the evaluator nee
     questions      {"id", "attribute", "asked_t", "evidence_t", "answer_t", "answer_id", "answer"}
     revisions      {"id", "question", "attribute", "t", "old", "new", "supersedes"}
     confirmations  {"question", "attribute" (the one that changed), "t", "standing"}
+
+Conversations about clips say of each answer what it is about, in `question_types`.
 """
 
 from collections.abc import Callable
@@ -351,7 +353,7 @@ def sample_conversation(rng: np.random.Generator, split: str, key: str) -> Clip:
     """
     timeline = _sequence(rng, split, STREAM_SECONDS)
     shown = [scene for scene in timeline.scenes() if scene is not None]
-    messages = []
+    messages, types = [], []
     for attribute in rng.permutation(list(ATTRIBUTES))[: int(rng.integers(1, 3))]:
         last = rng.random() < 0.7
         question = (
@@ -361,12 +363,20 @@ def sample_conversation(rng: np.random.Generator, split: str, key: str) -> Clip:
         placeholder = "" if messages else "<|video|>"
         messages.append({"role": "user", "content": placeholder + question})
         messages.append({"role": "assistant", "content": answer_text(shown[-1 if last else 0], attribute)})
+        types.append("last_scene" if last else "first_scene")
     for attribute in rng.choice(list(ATTRIBUTES), 2):
         true = shown[-1].value(attribute)
         claimed = str(rng.choice([true, str(rng.choice([v for v in ATTRIBUTES[attribute] if v != true]))]))
         messages.append({"role": "user", "content": f"Is it {claimed} now?"})
         messages.append({"role": "assistant", "content": "Yes." if claimed == true else "No."})
-    sample = {"schema": "moss_train/conversation@1", "id": key, "media": [_video(timeline)], "messages": messages}
+        types.append("claim")
+    sample = {
+        "schema": "moss_train/conversation@1",
+        "id": key,
+        "media": [_video(timeline)],
+        "messages": messages,
+        "source_metadata": {"question_types": types},
+    }
     return Clip(key, sample, timeline)
 
 
