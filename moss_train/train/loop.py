@@ -30,7 +30,7 @@ class Progress:
     streams: int = 0  #: streams of all global batches so far, masked ones included
     seconds: float = 0.0  #: spent in the loop, over all runs of the stage
     evaluated: int = 0  #: step of the last evaluation; 0 before the first
-    figures: dict[str, float] = field(default_factory=dict)  #: of that evaluation, as logged; on the main process
+    figures: dict[str, float] = field(default_factory=dict)  #: of that evaluation, as logged
 
     @property
     def finished(self) -> bool:
