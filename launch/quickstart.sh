@@ -51,7 +51,7 @@ if ! cmp -s "$out/clips/render.json" "$out/data/render.json"; then
     step "packing the clips into tar shards"
     # What was made from other clips goes, models too.
     find "$out" -mindepth 1 -maxdepth 1 ! -name clips -exec rm -r {} +
-    for source in train/align train/temporal train/sft train/realtime heldout/realtime; do
+    for source in train/align train/temporal train/sft train/realtime heldout/realtime heldout/sft; do
         moss data pack source="$out/clips/$source" out="$out/data/$source"
     done
     cp "$out/clips/render.json" "$out/data/render.json"

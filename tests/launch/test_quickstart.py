@@ -55,7 +55,7 @@ def packs(calls: list[str]) -> int:
 
 def test_a_finished_run_is_not_made_anew_and_its_seconds_stay(tmp_path):
     first = run(tmp_path)
-    assert packs(first) == 5 and "--nproc-per-node 2" in first[-2] and "requirements=smoke" in first[-1]
+    assert packs(first) == 6 and "--nproc-per-node 2" in first[-2] and "requirements=smoke" in first[-1]
     seconds = tmp_path / "outputs" / "smoke" / "seconds"
     assert 0 <= int(seconds.read_text()) < 60
     seconds.write_text("123\n")
@@ -67,7 +67,7 @@ def test_other_clips_make_another_run(tmp_path):
     run(tmp_path)
     manifest = tmp_path / "outputs/smoke/align/checkpoints/step_1/manifest.json"
     before = manifest.read_text()
-    assert packs(run(tmp_path, key="b")) == 5
+    assert packs(run(tmp_path, key="b")) == 6
     assert manifest.read_text() != before
 
 
