@@ -7,6 +7,8 @@
 # outputs/quickstart/. Run again, it goes on where it stopped; when the code that renders the clips has changed, it starts
 # anew. --smoke is the same in miniature, in outputs/smoke/.
 # key=value arguments override fields of the training recipe: ./launch/quickstart.sh stages.realtime.steps=2000 seed=2
+# data=synth trains the real-time stage on dialogues that `data synth` writes from the captions of the same clips, in
+# outputs/quickstart_synth/; everything else, the held-out clips too, is the same.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 moss() { "$python" -m moss_train "$@"; }
@@ -23,6 +25,10 @@ else
     clips=()
 fi
 out=outputs/$name
+synth=
+for argument in "$@"; do
+    [ "$argument" != data=synth ] || synth=1 out=outputs/${name}_synth
+done
 
 # $out/seconds: the time that made what is there, over interrupted runs; one that finds everything done adds nothing.
 what_is_there() { cat "$out"/{clips,data}/render.json "$out"/*/checkpoints/*/manifest.json 2>/dev/null | cksum || true; }
@@ -45,10 +51,22 @@ if ! cmp -s "$out/clips/render.json" "$out/data/render.json"; then
     step "packing the clips into tar shards"
     # What was made from other clips goes, models too.
     find "$out" -mindepth 1 -maxdepth 1 ! -name clips -exec rm -r {} +
-    for source in train/align train/temporal train/sft train/realtime heldout/realtime; do
+    for source in train/align train/temporal train/sft train/realtime heldout/realtime heldout/sft; do
         moss data pack source="$out/clips/$source" out="$out/data/$source"
     done
     cp "$out/clips/render.json" "$out/data/render.json"
+fi
+if [ -n "$synth" ]; then
+    step "writing dialogues from the clips' captions"
+    # at the rate at which the recipe's replies are spoken
+    moss data synth source=rendered path="$out/clips/train/realtime" out="$out/synth" copy=false tokens_per_second=8 \
+        overwrite=true
+    if ! cmp -s "$out/synth/synth.jsonl" "$out/data/synth.jsonl"; then
+        # What learnt from other dialogues goes.
+        find "$out" -mindepth 1 -maxdepth 1 ! -name clips ! -name data ! -name synth -exec rm -r {} +
+        moss data pack source="$out/synth" out="$out/data/train/realtime_synth" overwrite=true
+        cp "$out/synth/synth.jsonl" "$out/data/synth.jsonl"
+    fi
 fi
 
 step "training the four stages"

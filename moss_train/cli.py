@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("moss_train.train.command:train", "train a recipe, or resume it where it stopped"),
     "data render": ("moss_train.data.synthetic.render:render", "render the built-in synthetic clips"),
     "data convert": ("moss_train.data.convert:convert", "convert annotations and media to samples"),
+    "data synth": ("moss_train.synthesis.command:synth", "captions to real-time dialogues with revised answers"),
     "data pack": ("moss_train.data.shards.pack:pack", "write samples into indexed tar shards"),
     "data index": ("moss_train.data.shards.index_command:index", "index existing tar shards"),
     "data show": ("moss_train.data.show:show", "draw one sample: frames, who speaks when, what is trained"),

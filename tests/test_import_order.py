@@ -9,7 +9,7 @@ import moss_train
 
 PACKAGE = Path(moss_train.__file__).parent
 ORDER = [
-    {"streams"}, {"parallel"}, {"data"}, {"model"}, {"objectives"}, {"engines"}, {"checkpoint"},
+    {"streams"}, {"parallel"}, {"data"}, {"synthesis"}, {"model"}, {"objectives"}, {"engines"}, {"checkpoint"},
     {"evaluate", "report"}, {"train"}, {"bench"}, {"cli", "doctor"},
 ]  # fmt: skip
 PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms}

@@ -118,7 +118,7 @@ def prepare(work: Work, steps: int) -> tuple[Engine, list[Batch], list[int]]:
     with torch.device("meta"):
         trained = trainable_names(whole_model(work.model, state), work.trainable)
     engine = build_engine(work.engine_config)
-    objective = StreamingLoss(ObjectiveConfig(), silence_id=_SILENCE)
+    objective = StreamingLoss(ObjectiveConfig(), silence_id=_SILENCE, anchor_id=work.model.text.vocabulary_size)
     engine.setup(model, trained, OptimConfig(lr=1e-4), objective, total_steps=steps + 1)
 
     batches, labels = [], []

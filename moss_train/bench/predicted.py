@@ -8,8 +8,8 @@ Per microbatch:
 
 | kind | what is sent |
 | --- | --- |
-| tensor | T·R·H·e per crossing of the tensor-parallel boundary. Column layers: one all-reduce each in the backward pass; row layers and the embedding: one in the forward pass. Sequence parallel: column layers all-gather forward, all-gather again (if trained) and reduce-scatter backward; row layers reduce-scatter forward, all-gather backward; the embedding's all-reduce stays, and its gradient is all-gathered |
-| loss | all-reduces of K float32: three of the cross-entropy, two of the decisions |
+| tensor | T·R·H·e per crossing of the tensor-parallel boundary. Column layers: one all-reduce each in the backward pass; row layers and the embedding: one in the forward pass. Sequence parallel: column layers all-gather forward, all-gather again (if trained) and reduce-scatter backward; row layers reduce-scatter forward, all-gather backward; the embedding's all-reduce stays, and its gradient is all-gathered, and so are the decision head's T·R float32 |
+| loss | all-reduces of K float32: three of the cross-entropy, three of the decisions |
 | frames | all-gather over tensor ranks, first stage, of (tensor ranks × the most frames one of them brings) · P·H·e; its reduce-scatter backward if the encoder is trained; with `model_parallel` sharding and a pipeline, one send of a later stage's own frames to the first, and of their gradients back |
 | cross_attention | per cross layer, with cp: all-gather of cp · T·R·A/tp float32, all-reduce of T·R·A/tp·D float32; backward one such all-reduce |
 | pipeline | one message per chunk boundary and direction: the longest of the step's T·R + n·P vectors (T of one tensor rank) of H·e |
@@ -20,7 +20,7 @@ Per step:
 | --- | --- |
 | data | every gradient buffer in float32 over data × frame ranks: all-reduce, or with zero=1 reduce-scatter, and all-gather of the weights; buffers are then padded |
 | shared_gradients | all-reduces over tensor ranks of what each applied to its part (norms of heads; under sequence parallelism norms and gates), and of the encoder's buffer over all that encode |
-| control | Z, the loss's statistics, the gradient norm: a few numbers |
+| control | Z and other totals, the loss's statistics, the gradient norm: a few numbers |
 
 Layers that are recomputed in full repeat their forward pass's traffic; torch stops recomputing once the last tensor that
 the backward pass needs is there, which leaves out the last row layer of a self layer.
@@ -35,9 +35,9 @@ from moss_train.bench.traffic import ring_bytes
 from moss_train.data.batch import FrameShare
 from moss_train.model.config import ModelConfig, RecomputeConfig
 from moss_train.model.parts import ModelPart, part_of
-from moss_train.objectives.metrics import Decision
+from moss_train.objectives.figures import statistics_size
+from moss_train.objectives.labels import Total
 from moss_train.parallel.config import LayoutConfig
-from moss_train.streams.compiled import Kind
 
 _FP32, _FP64 = 4, 8
 _SELF_COLUMNS, _CROSS_COLUMNS, _ROWS = 5, 3, 2  #: query, key, value, gate, up; a cross layer's keys read frames
@@ -164,7 +164,9 @@ class _Process:
         self.forward(microbatch, 1, 0)
         if carries_gradient or self.trained & {"final_norm", "head"}:
             self.backward(microbatch, 1, 0, "head" in self.trained)
-        self.add("loss", "all_reduce", microbatch.labels * _FP32, self.layout.tp, times=5)
+        if self.model.decision_head and self.layout.sp:
+            self.add("tensor", "all_gather", self.tokens(microbatch) * _FP32, self.layout.tp)
+        self.add("loss", "all_reduce", microbatch.labels * _FP32, self.layout.tp, times=6)
 
     def forward(self, microbatch: Microbatch, columns: int, rows: int) -> None:
         """Column and row layers on the hidden state."""
@@ -262,8 +264,8 @@ class _Process:
 
     def control(self) -> None:
         layout = self.layout
-        statistics = (1 + 3 * len(Kind) + len(Decision)) * _FP64
-        self.add("control", "all_reduce", _FP64 + statistics, self.data_ranks)
+        statistics = statistics_size() * _FP64
+        self.add("control", "all_reduce", len(Total) * _FP64 + statistics, self.data_ranks)
         self.add("control", "all_reduce", statistics, layout.pp)
         of_one_copy = layout.tp * layout.pp
         self.add("control", "all_reduce", _FP32, of_one_copy * (self.data_ranks * layout.cp if layout.zero else 1))
@@ -300,6 +302,8 @@ def held_parameters(model: ModelConfig, part: ModelPart, layout: LayoutConfig) -
         last = len(part.chunks) - 1
         yield Parameter(last, "final_norm", width, shared=sp)
         yield Parameter(last, "head", text.vocabulary_size // tp * width)
+        if model.decision_head:
+            yield from (Parameter(last, "decision_head", size, shared=sp) for size in (width, 1))
 
 
 def _tower_sizes(model: ModelConfig) -> list[int]:

@@ -128,8 +128,8 @@ def compare_case(model: VideoModel, reference: dict, io: dict[str, torch.Tensor]
     logits_T1V = model(batch)
     plain = StreamingLoss(ObjectiveConfig())
     weighted = StreamingLoss(ObjectiveConfig(weights={"idle_silence": weight, "stop_silence": weight}))
-    loss_plain = plain(logits_T1V, batch, plain.normaliser(batch)).loss
-    loss_weighted = weighted(logits_T1V, batch, weighted.normaliser(batch)).loss
+    loss_plain = plain(logits_T1V, batch, plain.totals(batch)).loss
+    loss_weighted = weighted(logits_T1V, batch, weighted.totals(batch)).loss
     model.zero_grad()
     loss_weighted.backward()
     gradients = {

@@ -18,7 +18,7 @@ from typing import Any
 from moss_train.data.shards.staging import check_target, staged_folder
 from moss_train.errors import ConfigError, DataError, SampleError
 from moss_train.streams.importers.common import ImportContext, Imported
-from moss_train.streams.importers.formats import FORMATS
+from moss_train.streams.importers.formats import FORMATS, Format
 from moss_train.streams.media import VIDEO_EXTENSIONS
 from moss_train.streams.schema import dump_sample, parse_sample
 
@@ -86,14 +86,18 @@ def convert(options: ConvertOptions) -> ConvertSummary:
     options.validate()
     out = Path(options.out)
     check_target(out, MARKER_NAME, "data convert", options.overwrite)
-    files = _annotation_files(Path(options.annotations))
-    media = _media_by_name(Path(options.media_root))
-    context = ImportContext(options.fps, _videos_by_stem(media))
+    files = annotation_files(Path(options.annotations))
+    media = media_by_name(Path(options.media_root))
+    context = ImportContext(options.fps, videos_by_stem(media))
     written: Counter = Counter()
     quarantined: list[SampleError] = []
     with staged_folder(out) as partial:
         keys: set[str] = set()
-        for key, row in _rows(files, options.source, context):
+        if options.source == "examples":
+            rows = _examples(files)
+        else:
+            rows = annotation_rows(files, options.source, FORMATS[options.source], context)
+        for key, row in rows:
             try:
                 if isinstance(row, SampleError):
                     raise row
@@ -101,9 +105,9 @@ def convert(options: ConvertOptions) -> ConvertSummary:
                     raise SampleError(key, "the key is used twice; rename one of the annotation files")
                 keys.add(key)
                 sample, members = row()
-                found = {member: _resolve(key, path, media) for member, path in members.items()}
+                found = {member: resolve_medium(key, path, media) for member, path in members.items()}
                 for member, path in found.items():
-                    _place(path, partial / f"{key}.{member}", options.copy)
+                    place_medium(path, partial / f"{key}.{member}", options.copy)
                 (partial / f"{key}.json").write_text(dump_sample(sample) + "\n", encoding="utf-8")
                 written[sample.schema_name.partition("/")[2].partition("@")[0]] += 1
             except SampleError as error:
@@ -111,14 +115,15 @@ def convert(options: ConvertOptions) -> ConvertSummary:
         if not written:
             first = f"; the first: {quarantined[0]}" if quarantined else ""
             raise DataError(f"{options.annotations} gave no sample ({len(quarantined)} rows left out{first})")
-        _write_lines(partial / MARKER_NAME, [{"annotations": path.name, "source": options.source} for path in files])
+        write_lines(partial / MARKER_NAME, [{"annotations": path.name, "source": options.source} for path in files])
         if quarantined:
             entries = [{"key": e.key, "reason": e.reason, "exception": type(e).__name__} for e in quarantined]
-            _write_lines(partial / QUARANTINE_NAME, entries)
+            write_lines(partial / QUARANTINE_NAME, entries)
     return ConvertSummary(written, tuple(quarantined))
 
 
-def _annotation_files(path: Path) -> list[Path]:
+def annotation_files(path: Path) -> list[Path]:
+    """The file, or the annotation files of a folder in the order of their names; DataError when there is none."""
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -129,7 +134,7 @@ def _annotation_files(path: Path) -> list[Path]:
     return files
 
 
-def _media_by_name(root: Path) -> dict[str, list[Path]]:
+def media_by_name(root: Path) -> dict[str, list[Path]]:
     """Base name → the media files of that name below `root`."""
     if not root.is_dir():
         raise DataError(f"media_root={root} is not a folder")
@@ -140,7 +145,7 @@ def _media_by_name(root: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _videos_by_stem(media: dict[str, list[Path]]) -> dict[str, str]:
+def videos_by_stem(media: dict[str, list[Path]]) -> dict[str, str]:
     """Base name without extension → base name, of the videos; the first extension in the order of preference."""
     videos: dict[str, str] = {}
     for extension in VIDEO_EXTENSIONS:
@@ -150,7 +155,7 @@ def _videos_by_stem(media: dict[str, list[Path]]) -> dict[str, str]:
     return videos
 
 
-def _resolve(key: str, listed: str, media: dict[str, list[Path]]) -> Path:
+def resolve_medium(key: str, listed: str, media: dict[str, list[Path]]) -> Path:
     """The one file with the base name of `listed`; equal copies count as one."""
     name = PureWindowsPath(listed).name if "\\" in listed else PurePosixPath(listed).name
     paths = media.get(name, [])
@@ -162,7 +167,8 @@ def _resolve(key: str, listed: str, media: dict[str, list[Path]]) -> Path:
     return paths[0]
 
 
-def _place(path: Path, target: Path, copy: bool) -> None:
+def place_medium(path: Path, target: Path, copy: bool) -> None:
+    """A copy of `path` at `target`, or a hard link where that is allowed and `copy` is not asked for."""
     if not copy:
         try:
             os.link(path, target)
@@ -176,12 +182,8 @@ def _place(path: Path, target: Path, copy: bool) -> None:
 Row = tuple[str, Callable[[], Imported] | SampleError]
 
 
-def _rows(files: list[Path], source: str, context: ImportContext) -> Iterator[Row]:
-    """The rows of all files, with keys `<file>-000000` onwards; of `examples` one row a file, with its name."""
-    if source == "examples":
-        yield from _examples(files)
-        return
-    form = FORMATS[source]
+def annotation_rows(files: list[Path], source: str, form: Format, context: ImportContext) -> Iterator[Row]:
+    """The rows of all files of one form, with keys `<file>-000000` onwards; `source` names the form in messages."""
     for file in files:
         stem = file.stem.replace(".", "_")
         count = 0
@@ -225,7 +227,8 @@ def _examples(files: list[Path]) -> Iterator[Row]:
         yield file.stem.replace(".", "_"), (lambda file=file: _example(file))
 
 
-def _write_lines(path: Path, entries: list[dict]) -> None:
+def write_lines(path: Path, entries: list[dict]) -> None:
+    """A file of JSON lines."""
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     path.write_text(lines, encoding="utf-8")
 

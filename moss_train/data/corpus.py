@@ -101,16 +101,20 @@ class Corpus:
         return _media_info(entry, self.sample(number))
 
     def compile_all(
-        self, number: int, budget: RowBudget | None = None, rng: np.random.Generator | None = None
+        self,
+        number: int,
+        budget: RowBudget | None = None,
+        rng: np.random.Generator | None = None,
+        variation: int | None = None,
     ) -> list[CompiledStream]:
         """The stream of a sample in the parts that fit `budget`; one part, whole, without a budget.
 
-        `rng` draws its augmentations, None means none.
+        `rng` draws its augmentations, None means none; `variation` seeds those that change its length.
         """
         if self.tokenizer is None:
             raise ValueError("this corpus was opened without a tokenizer, so it cannot compile")
         entry = self.entry(number)
-        return compile_entry(entry, self._read(entry, "json"), self.tokenizer, self.compiler, budget, rng)
+        return compile_entry(entry, self._read(entry, "json"), self.tokenizer, self.compiler, budget, rng, variation)
 
     def compile(
         self,
@@ -208,10 +212,11 @@ def compile_entry(
     compiler: CompilerConfig,
     budget: RowBudget | None = None,
     rng: np.random.Generator | None = None,
+    variation: int | None = None,
 ) -> list[CompiledStream]:
     """The parts of a sample whose JSON is `text`; SampleError when it does not compile."""
     sample = parse_sample(text, entry.key)
-    parts = compile_parts(sample, _media_info(entry, sample), tokenizer, compiler, budget, rng)
+    parts = compile_parts(sample, _media_info(entry, sample), tokenizer, compiler, budget, rng, variation)
     for part in parts:
         asked = max(Counter(request.media_id for request in part.frames).values(), default=0)
         # The decoder refuses them too, but where a clip's frames are shared out no decoder is asked for all of them.

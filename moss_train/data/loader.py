@@ -96,8 +96,7 @@ def build_loader(
     )
     pool = DecodePool.of(data, data.workers, store) if data.workers else None
     # Augmented streams differ from epoch to epoch, so keeping them would only fill memory.
-    augmented = compiler.jitter_probability > 0
-    preparer = Preparer(data, opened, planner, quarantine, place, image_size, augmented, pool, store, waits)
+    preparer = Preparer(data, opened, planner, quarantine, place, image_size, compiler.augmented, pool, store, waits)
     return Loader(opened, preparer, quarantine, agree)
 
 

@@ -43,6 +43,19 @@ def augmentation_rng(seed: int, epoch: int, key: str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(seed_of("augmentation", seed, epoch, key)))
 
 
+def drawn_variant(seed: int, epoch: int, key: str, chance: float, variants: int) -> int:
+    """Which augmented variant of a sample an epoch shows, 1 … `variants`, or 0: with probability 1 - chance itself."""
+    if not variants:
+        return 0
+    drawn = seed_of("variant of the epoch", seed, epoch, key) / 2.0**64
+    return min(1 + int(drawn / chance * variants), variants) if drawn < chance else 0
+
+
+def variation_seed(seed: int, key: str, variant: int) -> int | None:
+    """The seed of what is different in a variant of a sample; None for variant 0, the sample itself."""
+    return seed_of("variant", seed, key, variant) if variant else None
+
+
 def windowed_shuffle(shards: np.ndarray, window: int, *words: object) -> np.ndarray:
     """int64 [n]: positions 0 … n-1, shards in random order, samples mixed inside windows of `window` shards.
 

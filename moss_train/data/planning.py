@@ -8,6 +8,7 @@ import numpy as np
 
 from moss_train.data.batch import FrameShare
 from moss_train.data.config import CostConfig
+from moss_train.data.order import drawn_variant
 from moss_train.data.packing import Deal, Microbatch, RowLimits, cut_frames
 from moss_train.data.sources import OpenBlend
 
@@ -40,6 +41,7 @@ class StepPlan:
     sources: list[int]  #: B numbers of sources
     samples: list[int]  #: B numbers of samples within their source
     parts: list[int]  #: B; 0 unless the sample was split
+    variants: list[int]  #: B; which augmented variant of the sample is shown, 0: itself
     tokens: list[int]  #: B
     frames: list[int]  #: B
     microbatches: list[Microbatch]  #: this rank's: microbatch → row → streams
@@ -80,15 +82,11 @@ class Planner:
         """Global batch `step` of an epoch, and this rank's rows of it."""
         entries = self._opened.blend.global_batch(epoch, step)
         sources, units = entries[:, 0], entries[:, 1]
-        columns = np.zeros((4, len(entries)), np.int64)
-        for number, lengths in enumerate(self._opened.lengths):
+        columns = np.zeros((5, len(entries)), np.int64)
+        for number in range(len(self._opened.lengths)):
             here = sources == number
-            chosen = units[here]
-            for column, values in zip(
-                columns, (lengths.samples, lengths.parts, lengths.tokens, lengths.frames), strict=True
-            ):
-                column[here] = values[chosen]
-        samples, parts, tokens, frames = columns.tolist()
+            columns[:, here] = self._of_source(epoch, number, units[here])
+        samples, parts, variants, tokens, frames = columns.tolist()
         place = self._place
         deal = Deal(tokens, frames, self._limits, self._cost, place.data_ranks, place.microbatch_multiple)
         return StepPlan(
@@ -97,11 +95,36 @@ class Planner:
             sources.tolist(),
             samples,
             parts,
+            variants,
             tokens,
             frames,
             deal.microbatches(place.data_rank),
             deal.imbalance,
         )
+
+    def _of_source(self, epoch: int, number: int, units: np.ndarray) -> np.ndarray:
+        """int64 [5, n]: sample, part, variant, tokens and frames of units of one source.
+
+        A variant that is longer than a row gives way to the sample itself.
+        """
+        opened, lengths = self._opened, self._opened.lengths[number]
+        samples = lengths.samples[units]
+        tokens, frames = lengths.tokens[units], lengths.frames[units]
+        drawn = np.zeros(len(units), np.int64)
+        count = lengths.variant_tokens.shape[1]
+        if count:
+            key, seed = opened.corpora[number].key, opened.blend.seed
+            drawn[:] = [drawn_variant(seed, epoch, key(sample), opened.varies, count) for sample in samples.tolist()]
+            of_variants = [
+                np.concatenate([own[:, None], varied[units]], axis=1)
+                for own, varied in ((tokens, lengths.variant_tokens), (frames, lengths.variant_frames))
+            ]
+            places = np.arange(len(units))
+            tokens, frames = (values[places, drawn] for values in of_variants)
+            # never of samples that are split, whose variants were cut to fit: all parts of one are of one variant
+            drawn[(tokens > self._limits.tokens) | (frames > self._limits.frames)] = 0
+            tokens, frames = (values[places, drawn] for values in of_variants)
+        return np.stack([samples, lengths.parts[units], drawn, tokens, frames]).astype(np.int64)
 
     def counts(self, plan: StepPlan, left_out: Sequence[int] = ()) -> dict[str, SourceCounts]:
         """Source → what the plan holds of it without the streams `left_out`; sources that are not in it are absent."""

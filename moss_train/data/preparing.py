@@ -16,7 +16,7 @@ from moss_train.data.collate import collate
 from moss_train.data.config import DataConfig
 from moss_train.data.decoding.pool import DecodeFailure, DecodePool
 from moss_train.data.frame_store import FrameStore, FrameWant, PendingFrames
-from moss_train.data.order import augmentation_rng
+from moss_train.data.order import augmentation_rng, variation_seed
 from moss_train.data.packing import bounds_of_kept
 from moss_train.data.planning import Place, Planner, StepPlan
 from moss_train.data.quarantine import Fault, Quarantine
@@ -201,15 +201,17 @@ class Preparer:
         cached = self._compiled.get((source, number, part))
         if cached is not None:
             return cached
-        corpus = self._opened.corpora[source]
-        rng = augmentation_rng(self._opened.blend.seed, plan.epoch, key) if self._augmented else None
-        parts = corpus.compile_all(number, self._opened.budget, rng)
+        corpus, seed = self._opened.corpora[source], self._opened.blend.seed
+        rng = augmentation_rng(seed, plan.epoch, key) if self._augmented else None
+        variation = variation_seed(seed, key, plan.variants[stream])
+        parts = corpus.compile_all(number, self._opened.budget, rng, variation)
         lengths = [(len(one.ids), len(one.frames)) for one in parts]
         if part >= len(parts) or lengths[part] != (plan.tokens[stream], plan.frames[stream]):
             raise DataError(
-                f"source {corpus.name!r}: sample {key!r} has parts of {lengths} tokens and frames, its table of "
-                f"lengths says {plan.tokens[stream]} and {plan.frames[stream]} of part {part}: it was made by another "
-                "version; remove the lengths-*.arrow of the source to have it measured again"
+                f"source {corpus.name!r}: sample {key!r} (variant {plan.variants[stream]}) has parts of {lengths} "
+                f"tokens and frames, its table of lengths says {plan.tokens[stream]} and {plan.frames[stream]} of part "
+                f"{part}: it was made by another version; remove the lengths-*.arrow of the source to have it measured "
+                "again"
             )
         if not self._augmented:
             for place, one in enumerate(parts):

@@ -11,6 +11,7 @@ import numpy as np
 from moss_train.data.config import DataConfig
 from moss_train.data.corpus import Corpus, load_source
 from moss_train.data.decoding.pictures import fitted_size
+from moss_train.data.order import augmentation_rng, drawn_variant, variation_seed
 from moss_train.errors import ConfigError, DataError
 from moss_train.streams.compiled import CompiledStream, FrameRequest, Kind
 from moss_train.streams.config import CompilerConfig, TokenizerConfig
@@ -39,6 +40,10 @@ class ShowOptions:
     streams."""
     pack_frames: int | None = None
     """See `pack_text_tokens`."""
+    epoch: int | None = None
+    """Draw the augmentations (`compiler.augment`, jitter) as that epoch of a run does; null: none."""
+    seed: int = 0
+    """Of the run, with `epoch`."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """The recipe's tokenizer."""
     compiler: CompilerConfig = field(default_factory=CompilerConfig)
@@ -60,7 +65,7 @@ def show_command(options: ShowOptions) -> int:
     tokenizer = load_tokenizer(options.tokenizer)
     corpus = load_source(options.path, tokenizer, options.compiler, THUMBNAIL, DataConfig())
     number = _number(corpus, options.key)
-    parts = corpus.compile_all(number, options.budget())
+    parts = corpus.compile_all(number, options.budget(), *_drawn(options, corpus.key(number)))
     if not 0 <= options.part < len(parts):
         raise ConfigError(f"part={options.part}: the sample has {len(parts)} part(s), numbered from 0")
     row = parts[options.part]
@@ -77,6 +82,15 @@ def show_command(options: ShowOptions) -> int:
     draw_sample(Path(options.out), title, row, items, lambda requests: _thumbnails(corpus, number, requests))
     print(f"wrote {options.out}: {title}")
     return 0
+
+
+def _drawn(options: ShowOptions, key: str) -> tuple[np.random.Generator | None, int | None]:
+    """What draws the augmentations of a sample in an epoch, as the loader does."""
+    if options.epoch is None:
+        return None, None
+    augment = options.compiler.augment
+    variant = drawn_variant(options.seed, options.epoch, key, augment.varies, augment.measured_variants)
+    return augmentation_rng(options.seed, options.epoch, key), variation_seed(options.seed, key, variant)
 
 
 def _number(corpus: Corpus, key: str) -> int:
@@ -117,6 +131,9 @@ class Item:
     silent: bool = False  #: it is silence and nothing else
     context: bool = False  #: repeats what earlier parts of the stream have said
     ending: str = ""  #: of a reply that no silence ends: what does
+    thought: str = ""  #: what is thought before, and never heard
+    note: str = ""  #: what is special about its silence, see `Slot.note`
+    weight: float = 1.0  #: of its silence
 
 
 def read_items(row: CompiledStream, tokenizer: StreamTokenizer) -> list[Item]:
@@ -131,13 +148,14 @@ def read_items(row: CompiledStream, tokenizer: StreamTokenizer) -> list[Item]:
         nonlocal frame
         if end > first or frame is not None:
             hidden = marks if role == "system" else marks | {special.silence}
-            said = [token for token in ids[first:end] if token not in hidden]
+            said, thought = _apart(ids[first:end], tokenizer)
+            said = [token for token in said if token not in hidden]
             text = tokenizer.decode(said) if said else ""
             text = text.removeprefix("\n\n") if frame is None else text
             silent = special.silence in ids[first:end] and not text
             time_s = row.frames[frame].time_s if frame is not None else None
             if text or silent or frame is not None or (role == "user" and row.kind == "stream"):
-                items.append(Item(role, first, end, text, frame, time_s, silent))
+                items.append(Item(role, first, end, text, frame, time_s, silent, thought=thought))
         frame = None
 
     position, frames = 1, 0
@@ -163,18 +181,39 @@ def read_items(row: CompiledStream, tokenizer: StreamTokenizer) -> list[Item]:
     return _of_stream(items, row, special.silence) if row.kind == "stream" else items
 
 
+def _apart(ids: list[int], tokenizer: StreamTokenizer) -> tuple[list[int], str]:
+    """What is said, and what is thought."""
+    special = tokenizer.special
+    if special.think_start is None or special.think_start not in ids:
+        return ids, ""
+    said, thoughts, inside = [], [], False
+    for token in ids:
+        if token in (special.think_start, special.think_end):
+            inside = token == special.think_start
+        elif inside:
+            thoughts.append(token)
+        else:
+            said.append(token)
+    return said, tokenizer.decode(thoughts)
+
+
 def _of_stream(items: list[Item], row: CompiledStream, silence: int) -> list[Item]:
     """With the times of the user turns (those before them are context from earlier parts), and how replies end."""
     asked = [slot.time_s for slot in row.slots if slot.frame < 0]
     users = [index for index, item in enumerate(items) if item.role == "user"]
     first_frame = next((index for index, item in enumerate(items) if item.frame is not None), len(items))
     times = dict(zip(users[len(users) - len(asked) :], asked, strict=True))
+    notes = {slot.frame: slot.note for slot in row.slots if slot.frame >= 0}
     result = []
     for index, item in enumerate(items):
         said_before = row.part > 0 and index < first_frame and item.role != "system"
         following = items[index + 1] if index + 1 < len(items) else None
         time_s, ending = times.get(index, item.time_s), _ending(item, following, int(row.ids[item.end - 1]) == silence)
-        result.append(replace(item, time_s=time_s, context=said_before, ending=ending))
+        item = replace(item, time_s=time_s, context=said_before, ending=ending)
+        if item.silent and item.frame is not None:
+            weight = float(row.weights[item.end - 2])
+            item = replace(item, note=notes.get(item.frame, ""), weight=weight if weight > 0 else 1.0)
+        result.append(item)
     return result
 
 
@@ -189,6 +228,22 @@ def _ending(item: Item, following: Item | None, stops: bool) -> str:
 def kinds_of(row: CompiledStream, item: Item) -> list[Kind]:
     """What each token of an item teaches as a target."""
     return [Kind(kind) for kind in row.kinds[item.first - 1 : item.end - 1]]
+
+
+#: what a note says to whoever looks at the row
+NOTES = {
+    "confirm": "the answer still holds",
+    "stale": "the answer is wrong by now",
+    "unknown": "not known to be right",
+    "blocked": "arrived during a reply",
+    "thinned": "left out by keep_silence",
+}
+
+
+def silence_text(item: Item) -> str:
+    """Of a silent item, what is special about it: "" or, for instance, `the answer still holds, weight 2`."""
+    weight = f"weight {item.weight:g}" if item.weight != 1.0 else ""
+    return ", ".join(filter(None, [NOTES.get(item.note, ""), weight]))
 
 
 def kind_name(kind: Kind) -> str:
@@ -221,7 +276,12 @@ def text_lines(row: CompiledStream, items: list[Item]) -> list[str]:
         trained = ", ".join(f"{count} {kind_name(kind)}" for kind, count in sorted(counts.items()))
         frame = "" if item.frame is None else str(item.frame)
         time = "" if item.time_s is None else f"{item.time_s:.2f} s"
-        what = "(silence)" if item.silent else item.text.replace("\n", "⏎")
+        what = item.text.replace("\n", "⏎")
+        if item.silent:
+            special = silence_text(item)
+            what = f"(silence: {special})" if special else "(silence)"
+        if item.thought:
+            what = f"[thinks: {item.thought}] {what}"
         speaker = f"{item.role}: " if item.role and item.frame is None else ""
         speaker = f"[said before] {speaker}" if item.context else speaker
         span = f"{item.first}-{item.end - 1}" if item.end > item.first else "-"

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from moss_train.data.show import Item, kind_name, kinds_of, sees
+from moss_train.data.show import Item, kind_name, kinds_of, sees, silence_text
 from moss_train.streams.compiled import CompiledStream, FrameRequest, Kind
 
 INK, MUTED, RULE, USER, SYSTEM = "#1c2530", "#6b7885", "#d5dbe1", "#6c3fc4", "#7d8894"
@@ -32,6 +32,7 @@ KIND_COLOURS = {
     Kind.STOP_SILENCE: "#66727f",
     Kind.REVISION: "#f08a24",
     Kind.STALE: "#d62839",
+    Kind.THINK: "#8a5fc7",
 }
 COLUMNS, COLUMN, GAP, MARGIN = 10, 1.3, 0.08, 0.3
 LINE, CHARACTERS_PER_INCH = 0.125, 18.5  #: of the text size below
@@ -122,7 +123,9 @@ def _without_long_runs(cells: list[Cell], row: CompiledStream) -> list[Cell]:
     result: list[Cell] = []
     run: list[Cell] = []
     for cell in [*cells, Cell(0)]:
-        quiet = cell.above is not None and cell.above.frame is not None and (cell.below is None or cell.below.silent)
+        below = cell.below
+        quiet = cell.above is not None and cell.above.frame is not None
+        quiet = quiet and (below is None or (below.silent and not below.thought))
         same = not run or _taught(row, cell) == _taught(row, run[-1])
         if quiet and same:
             run.append(cell)
@@ -163,7 +166,7 @@ def _line_heights(line: list[Cell], thumb_height: float) -> tuple[float, float]:
         elif cell.above is not None:
             above = max(above, len(_wrapped(cell.above.text, cell.width)) * LINE + 0.3)
         if cell.below is not None:
-            height = len(_wrapped(cell.below.text, cell.width)) * LINE + 0.12
+            height = len(_said_lines(cell.below, cell.width, trained=True)) * LINE + 0.12
             if cell.above is None:
                 above = max(above, height + 0.2)
             else:
@@ -237,8 +240,7 @@ def _draw_said(page: Axes, item: Item, width: float, x: float, y: float, row: Co
         )
     counts = Counter(kind for kind in kinds if kind not in (Kind.STOP_SILENCE, Kind.ONSET)) or Counter(kinds)
     kind = counts.most_common(1)[0][0] if counts else Kind.IGNORED
-    silent = "silent" if kind != Kind.IGNORED else "silent, not trained"
-    lines = [silent] if item.silent else _wrapped(item.text, width)
+    lines = _said_lines(item, width, kind != Kind.IGNORED)
     height = len(lines) * LINE + 0.08
     colour = KIND_COLOURS[kind] if kind != Kind.IGNORED else RULE
     face = _tint(colour, 0.18) if kind != Kind.IGNORED else "white"
@@ -262,6 +264,17 @@ def _draw_said(page: Axes, item: Item, width: float, x: float, y: float, row: Co
     note = f"sees {sees(row, item)}" if hi else "sees no frame"
     note += f" · {item.ending}" if item.ending else ""
     _text(page, x, bar + 0.12, note, color=MUTED, size=5.8)
+
+
+def _said_lines(item: Item, width: float, trained: bool) -> list[str]:
+    """The words of a slot, its thoughts first, or what there is to say of its silence."""
+    lines = _wrapped(f"(thinks: {item.thought})", width) if item.thought else []
+    if not item.silent:
+        return lines + _wrapped(item.text, width)
+    special = silence_text(item)
+    return lines + _wrapped(
+        ("silent" if trained else "silent, not trained") + (f": {special}" if special else ""), width
+    )
 
 
 def _draw_panel(figure: Figure, row: CompiledStream, place: tuple[float, float, float, float]) -> None:

@@ -48,6 +48,7 @@ class OpenBlend:
     lengths: list[Lengths]
     blend: Blend
     budget: RowBudget | None  #: by which streams are split; None: they are not
+    varies: float = 0.0  #: the chance that an epoch shows a variant of a stream in its place
 
     def figures(self) -> dict[str, SourceFigures]:
         """Source → what an epoch takes from it."""
@@ -115,13 +116,13 @@ def open_blend(
     names = [corpus.name for corpus in corpora]
     if len(set(names)) < len(names):
         raise ConfigError(f"data.sources has two sources of one name among {', '.join(names)}")
-    lengths = [lengths_of(corpus, budget, os.cpu_count() or 1, progress) for corpus in corpora]
+    lengths = [lengths_of(corpus, budget, os.cpu_count() or 1, progress, seed) for corpus in corpora]
     sources = [
         _blend_source(corpus, own, data, name) for corpus, own, name in zip(corpora, lengths, data.sources, strict=True)
     ]
     compiled_with = {f"compiler.{name}": value for name, value in asdict(compiler).items()}
     blend = Blend(sources, data, seed, {"tokenizer": tokenizer.fingerprint} | compiled_with)
-    return OpenBlend(corpora, lengths, blend, budget)
+    return OpenBlend(corpora, lengths, blend, budget, compiler.augment.varies)
 
 
 def _blend_source(corpus: Corpus, lengths: Lengths, data: DataConfig, name: str) -> BlendSource:

@@ -1,8 +1,8 @@
-"""The DeepSpeed engine: ZeRO around the same model, our loss normaliser, our learning rates, our verdict on a step.
+"""The DeepSpeed engine: ZeRO around the same model, our totals, our learning rates, our verdict on a step.
 
-One step, in order: Z of the global batch → forward and backward of every microbatch → gradients summed over
-tensor-parallel processes where each saw a part (without pipeline stages as they arise), and over data-parallel ones →
-gradient norm → step, unless something is not finite.
+One step, in order: Z and other totals of the global batch → forward and backward of every microbatch → gradients
+summed over tensor-parallel processes where each saw a part (without pipeline stages as they arise), and over
+data-parallel ones → gradient norm → step, unless something is not finite.
 
 The loss is divided by Z before the backward pass, so gradients must only be *summed*: over microbatches and ranks.
 DeepSpeed divides by the number of ranks that hold the same parameters, so the loss is multiplied by it; its division by
@@ -274,7 +274,7 @@ class DeepSpeedEngine:
         state = self._parallel
         tokens = self._precision.token_multiple(state.tensor_ranks, state.layout.sp)
         batches = [batch.padded(tokens).to(state.device, frames=False) for batch in self._passes.batches(microbatches)]
-        outputs = self._passes.run(batches, self._global_normaliser(batches), training)
+        outputs = self._passes.run(batches, self._global_totals(batches), training)
         summed = statistics(outputs, len(self._objective.sources)).to(state.device)
         dist.all_reduce(summed, group=state.data_group)
         if state.pipeline_ranks > 1:
@@ -315,8 +315,8 @@ class DeepSpeedEngine:
             if self._parallel.first_stage or not is_of_encoder(name):
                 yield parameter
 
-    def _global_normaliser(self, batches: Sequence[Batch]) -> torch.Tensor:
-        total = torch.stack([self._objective.normaliser(batch) for batch in batches]).sum(dim=0)
+    def _global_totals(self, batches: Sequence[Batch]) -> torch.Tensor:
+        total = torch.stack([self._objective.totals(batch) for batch in batches]).sum(dim=0)
         dist.all_reduce(total, group=self._parallel.data_group)
         return total
 
@@ -372,7 +372,7 @@ class Passes(Protocol):
         """What is run in place of these: each cut to this process's share of frames, perhaps with blank ones more.
         Collective."""
 
-    def run(self, batches: Sequence[Batch], normaliser: torch.Tensor, training: bool) -> list[LossOutput]:
+    def run(self, batches: Sequence[Batch], totals: torch.Tensor, training: bool) -> list[LossOutput]:
         """Forward passes and, for training, backward passes and the sums of gradients. The loss of each microbatch,
         without a graph; none where the head is not. Collective."""
 

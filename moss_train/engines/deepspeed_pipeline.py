@@ -22,6 +22,7 @@ from moss_train.engines.even_work import blank_batch
 from moss_train.engines.frames import FrameFeatures, is_of_encoder, plans_of, received, sees_a_part
 from moss_train.engines.gradients import add_up
 from moss_train.engines.stages import ChunkCalls, DecoderChunk, FrameEncoder
+from moss_train.model.predictions import Predictions
 from moss_train.model.video_model import VideoModel
 from moss_train.objectives.streaming_loss import LossOutput, StreamingLoss, detached
 from moss_train.parallel.groups import ParallelState
@@ -81,13 +82,13 @@ class PipelinePasses:
         missing = self._least - len(own)
         return own + [received(blank_batch(own[0]), self._parallel)] * missing
 
-    def run(self, batches: Sequence[Batch], normaliser: torch.Tensor, training: bool) -> list[LossOutput]:
+    def run(self, batches: Sequence[Batch], totals: torch.Tensor, training: bool) -> list[LossOutput]:
         """See `deepspeed.Passes.run`."""
         plans = plans_of(batches, self._parallel)
         token_ranks = self._parallel.tensor_ranks if self._parallel.layout.sp else 1
         calls = ChunkCalls(self._model, self._frames, batches, plans, token_ranks)
         outputs: list[LossOutput] = []
-        self.module.begin(calls, self._loss_of(batches, normaliser, outputs), len(batches))
+        self.module.begin(calls, self._loss_of(batches, totals, outputs), len(batches))
         engine = self._engine
         engine.micro_batches = len(batches)
         engine.total_loss, engine._compute_loss = None, False
@@ -109,10 +110,10 @@ class PipelinePasses:
         self._engine._exec_optimizer_step()
 
     def _loss_of(
-        self, batches: Sequence[Batch], normaliser: torch.Tensor, outputs: list[LossOutput]
-    ) -> Callable[[int, torch.Tensor], torch.Tensor]:
-        def loss_of(number: int, logits_TRV: torch.Tensor) -> torch.Tensor:
-            output = self._objective(logits_TRV, batches[number], normaliser)
+        self, batches: Sequence[Batch], totals: torch.Tensor, outputs: list[LossOutput]
+    ) -> Callable[[int, Predictions], torch.Tensor]:
+        def loss_of(number: int, predictions: Predictions) -> torch.Tensor:
+            output = self._objective(predictions, batches[number], totals)
             outputs.append(detached(output))
             # DeepSpeed averages over the processes that hold the same parameters, data × frame ranks.
             return output.loss * self._parallel.data_ranks
@@ -197,8 +198,8 @@ class _Stage(PipelineModule):
         for parameter in self.parameters():
             parameter.ds_pipe_replicated = False
 
-    def begin(self, calls: ChunkCalls, loss_of: Callable[[int, torch.Tensor], torch.Tensor], microbatches: int) -> None:
-        """A step begins. `loss_of`: (number of the microbatch, logits) → what is differentiated."""
+    def begin(self, calls: ChunkCalls, loss_of: Callable[[int, Predictions], torch.Tensor], microbatches: int) -> None:
+        """A step begins. `loss_of`: (number of the microbatch, predictions) → what is differentiated."""
         self._calls, self._loss_of = calls, loss_of
         self._numbers: list[Iterator[int]] = [iter(range(microbatches)) for _ in self.chunks]
 

@@ -10,6 +10,7 @@ from moss_train.data.batch import Batch
 from moss_train.engines.even_work import EvenEncoder, even_microbatches, with_frames
 from moss_train.engines.frames import own_share, plans_of, received, sees_a_part
 from moss_train.engines.gradients import sum_as_they_arise
+from moss_train.model.predictions import Predictions
 from moss_train.model.video_model import VideoModel
 from moss_train.objectives.streaming_loss import LossOutput, StreamingLoss, detached
 from moss_train.parallel.frame_gather import SharePlan, gather_over_tensor
@@ -43,7 +44,7 @@ class WholePasses:
             for batch in even_microbatches(microbatches, self._parallel)
         ]
 
-    def run(self, batches: Sequence[Batch], normaliser: torch.Tensor, training: bool) -> list[LossOutput]:
+    def run(self, batches: Sequence[Batch], totals: torch.Tensor, training: bool) -> list[LossOutput]:
         """See `deepspeed.Passes.run`."""
         state = self._parallel
         self._engine.train(training)
@@ -53,10 +54,10 @@ class WholePasses:
             beat()
             encode = _Encode(self._encoder, batch.frames_NCHW.to(state.device, non_blocking=True), chunks)
             if not training:
-                outputs.append(self._objective(self._engine.module(batch, plan, encode), batch, normaliser))
+                outputs.append(self._objective(self._engine.module(batch, plan, encode), batch, totals))
                 continue
             self._engine.set_gradient_accumulation_boundary(number == len(batches))
-            output = self._objective(self._engine(batch, plan, encode), batch, normaliser)
+            output = self._objective(self._engine(batch, plan, encode), batch, totals)
             # DeepSpeed averages over the processes that hold the same parameters, data × frame ranks.
             self._engine.backward(output.loss * state.data_ranks, scale_wrt_gas=False)
             outputs.append(detached(output))
@@ -87,15 +88,15 @@ class _Encode:
 
 
 class _Step(nn.Module):
-    """What DeepSpeed wraps: one microbatch from pixels and ids to logits."""
+    """What DeepSpeed wraps: one microbatch from pixels and ids to predictions."""
 
     def __init__(self, model: VideoModel, state: ParallelState):
         super().__init__()
         self.model = model
         self._state = state
 
-    def forward(self, batch: Batch, plan: SharePlan, encode: _Encode) -> torch.Tensor:
-        """Logits [T, R, V of this rank]."""
+    def forward(self, batch: Batch, plan: SharePlan, encode: _Encode) -> Predictions:
+        """Logits [T, R, V of this rank], and the decision head's."""
         features_NPH = gather_over_tensor(encode(), plan, self._state.tensor_group)
         held = None if plan.frames == batch.frames else (plan.first, plan.end)
-        return self.model.decode(batch.ids_RT.T, self.model.layer_inputs(batch, held).with_features(features_NPH))
+        return self.model.predict(batch.ids_RT.T, self.model.layer_inputs(batch, held).with_features(features_NPH))

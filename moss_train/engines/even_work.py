@@ -30,8 +30,8 @@ def blank_batch(like: Batch) -> Batch:
     tokens = {one.name: getattr(like, one.name)[:1, :1].clone() for one in fields(like) if one.name.endswith("_RT")}
     blank = {name: torch.zeros_like(tensor) for name, tensor in tokens.items()}
     blank["labels_RT"].fill_(IGNORED_LABEL)
-    blank["segments_RT"].fill_(-1)
-    blank["origins_RT"].fill_(-1)
+    for name in ("segments_RT", "origins_RT", "contrasts_RT"):
+        blank[name].fill_(-1)
     return replace(
         like,
         **blank,

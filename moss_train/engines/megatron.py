@@ -1,8 +1,8 @@
-"""The megatron-core engine: its DDP, its optimizers, its forward-backward schedules, our normaliser and rates.
+"""The megatron-core engine: its DDP, its optimizers, its forward-backward schedules, our totals and rates.
 
-One step, in order: Z of the global batch → frames encoded ahead, if the layout says so → schedule (forward and backward
-of every microbatch) → gradients of what was encoded ahead → gradient sums → gradient norm → step, unless something is
-not finite.
+One step, in order: Z and other totals of the global batch → frames encoded ahead, if the layout says so → schedule
+(forward and backward of every microbatch) → gradients of what was encoded ahead → gradient sums → gradient norm → step,
+unless something is not finite.
 
 The loss is divided by Z before the backward pass, so gradients must only be *summed*: over microbatches and ranks.
 Megatron divides by both counts unless `calculate_per_token_loss` is set; then it would divide by a token count in
@@ -323,7 +323,7 @@ class MegatronEngine:
         multiple = state.tensor_ranks if layout.sp else 1
         tokens = self._precision.token_multiple(state.tensor_ranks, layout.sp)
         batches = [received(batch, state).padded(tokens).to(state.device, frames=False) for batch in microbatches]
-        normaliser = self._global_normaliser(batches)
+        totals = self._global_totals(batches)
         plans = plans_of(batches, state)
         step = ChunkCalls(self._model, self._frames, batches, plans, multiple)
 
@@ -331,8 +331,8 @@ class MegatronEngine:
             number = next(numbers)
             output = step.forward(number, chunk.module, chunk)
 
-            def loss_of(logits_TRV):
-                loss = self._objective(logits_TRV, batches[number], normaliser)
+            def loss_of(predictions):
+                loss = self._objective(predictions, batches[number], totals)
                 return loss.loss / state.frame_ranks, torch.zeros((), dtype=torch.int, device=state.device), loss
 
             return output, loss_of
@@ -376,8 +376,8 @@ class MegatronEngine:
             torch.distributed.all_reduce(summed, group=state.pipeline_group)
         return summed
 
-    def _global_normaliser(self, microbatches: Sequence[Batch]) -> torch.Tensor:
-        total = torch.stack([self._objective.normaliser(batch) for batch in microbatches]).sum(dim=0)
+    def _global_totals(self, microbatches: Sequence[Batch]) -> torch.Tensor:
+        total = torch.stack([self._objective.totals(batch) for batch in microbatches]).sum(dim=0)
         torch.distributed.all_reduce(total, group=self._parallel.data_group)
         return total
 

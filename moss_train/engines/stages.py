@@ -10,6 +10,7 @@ from torch import nn
 from moss_train.data.batch import Batch
 from moss_train.engines.frames import FrameFeatures
 from moss_train.model.layers import LayerInputs
+from moss_train.model.predictions import Predictions
 from moss_train.model.recompute import touch
 from moss_train.model.video_model import VideoModel
 from moss_train.parallel.frame_gather import SharePlan
@@ -44,7 +45,7 @@ class FrameEncoder(nn.Module):
 
 
 class DecoderChunk(nn.Module):
-    """One pipeline chunk: some layers, with the embedding before the first and the head behind the last."""
+    """One pipeline chunk: some layers, with the embedding before the first and the heads behind the last."""
 
     model_type = ModelType.encoder_or_decoder
 
@@ -59,6 +60,8 @@ class DecoderChunk(nn.Module):
         self.layers = nn.ModuleList(model.layers[str(index)] for index in range(first, end))
         if self.is_last:
             self.final_norm, self.head = model.final_norm, model.head
+            if model.sizes.decision_head:
+                self.decision_head = model.decision_head
         self._model = (model,)
         self._received: torch.Tensor | None = None
 
@@ -74,8 +77,8 @@ class DecoderChunk(nn.Module):
         hidden_shape: tuple[int, int],
         features_shape: tuple[int, int] | None,
         message_length: int,
-    ) -> torch.Tensor:
-        """Logits [T, R, V] from the last chunk, else the message [S, 1, H] for the next one.
+    ) -> torch.Tensor | Predictions:
+        """Predictions from the last chunk, else the message [S, 1, H] for the next one.
 
         `features_NPH` is read by the first chunk alone; later ones take the features from the message. The
         shapes are those of the hidden state [T, R] and of the features [N, P] that travel with it, None without.
@@ -88,7 +91,7 @@ class DecoderChunk(nn.Module):
         for layer in self.layers:
             x_TRH = layer(x_TRH, inputs, self._model[0].recompute)
         if self.is_last:
-            return self.head(self.final_norm(x_TRH))[0]
+            return self._model[0].read_out(x_TRH)
         return pack_message(x_TRH, features_NPH, message_length)
 
 
@@ -112,7 +115,9 @@ class ChunkCalls:
             for batch, plan in zip(batches, plans, strict=True)
         )
 
-    def forward(self, number: int, chunk: DecoderChunk, call: Callable[..., torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self, number: int, chunk: DecoderChunk, call: Callable[..., torch.Tensor | Predictions]
+    ) -> torch.Tensor | Predictions:
         """Run one chunk on microbatch `number`, through `call`: the chunk itself, or what wraps it."""
         beat()
         batch, plan = self._batches[number], self._plans[number]

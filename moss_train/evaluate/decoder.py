@@ -5,6 +5,12 @@ text, and the prediction at the anchor decides: silence, or a token of a reply. 
 silence (which is fed, as in training) or the slot's budget is spent; then the next anchor is fed without a silence
 before it, and the prediction there goes on with the reply. A user turn cuts a running reply where it stands.
 
+With `compiler.perceive=blocked` a reply is said at once, for as long as the turn's slots allow; the frames that arrive
+while it runs are fed after it, with silences that nobody decides on, and only at the last of them is decided anew.
+
+A model that was trained on think units may open one where it decides. Its tokens are fed, but not said; the decision
+to speak is the prediction behind the mark that closes it.
+
 The token row that results has exactly the layout of the stream compiler, so that with the reference's replies in place
 of the model's the row would be the compiled one, token by token, position by position.
 
@@ -20,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moss_train.errors import ConfigError
 from moss_train.evaluate.config import DecodeConfig
 from moss_train.evaluate.schedule import Schedule, Step
 from moss_train.streams.config import CompilerConfig
@@ -35,7 +42,8 @@ class SlotOutput:
     state: str  #: "silence", "speak" or "continue"
     ids: list[int]  #: text tokens said, without the silence
     ends: bool  #: a reply was closed by silence in this slot
-    silence_probability: float  #: of the slot's decision
+    #: of the slot's decision, by whoever made it (`DecodeConfig.decide_by`); None where nothing was decided
+    silence_probability: float | None
 
 
 @dataclass
@@ -49,6 +57,10 @@ class _Row:
     reply_start_s: float = 0.0  #: of the slot in which the last reply began
     reply_tokens: int = 0  #: tokens of it said so far
     pending: list[int] = field(default_factory=list)  #: tokens not yet fed
+    missed: int = 0  #: frames to come that arrive during a reply which has been said in full by now (blocked)
+    decides: bool = False  #: whether anything is decided at the last of them
+    thought: int | None = None  #: tokens of the think unit that is open
+    may_think: bool = False  #: a think unit may be opened now
 
 
 class StreamingDecoder:
@@ -83,6 +95,8 @@ class StreamingDecoder:
         self._state = model.start_streams(len(systems), max_tokens, max_frames)
         self._device = next(model.parameters()).device
         self._silence = tokenizer.special.silence
+        self._blocked = compiler.perceive == "blocked"
+        self._thinks = compiler.think == "keep" and tokenizer.special.think_start is not None
         self._forbidden = torch.tensor(forbidden_tokens(tokenizer), device=self._device)
 
     @torch.inference_mode()
@@ -104,12 +118,54 @@ class StreamingDecoder:
                 self._open_turn(row, step.user)
         if arriving:
             self._add_frames(arriving, [frames_CHW[row] for row in arriving])
-        budgets = {row: self._budget(row, step) for row, step in steps.items()}
-        return self._reply(sorted(steps), budgets, on_token or (lambda row, token: None))
+        missed = [row for row in arriving if self._miss(row)]
+        asking = [row for row in sorted(steps) if row not in missed]
+        budgets = {row: self._budget(row, steps[row]) for row in asking}
+        outputs = self._reply(asking, budgets, on_token or (lambda row, token: None))
+        if self._blocked:
+            for row, output in outputs.items():
+                self._hold_frames_back(row, steps[row], output)
+        return outputs | {row: SlotOutput("silence", [], False, None) for row in missed}
+
+    def _miss(self, row: int) -> bool:
+        """Whether the frame that has just joined the row arrived too late for a decision; its silence then follows."""
+        state = self._rows[row]
+        if not state.missed:
+            return False
+        state.missed -= 1
+        if state.missed == 0 and state.decides:
+            return False
+        self._queue(row, [self._silence])
+        return True
+
+    def _said_by(self, step: Step) -> list[int]:
+        """How many tokens of a reply that begins in the slot of `step` are said by the end of it and of each following
+        slot of the turn: the compiler's rule, see `streams/timeline.py`."""
+        said: list[int] = []
+        for end_s in step.turn_ends_s[step.place :]:
+            before = said[-1] if said else 0
+            if math.isinf(end_s):
+                said.append(before + self._config.last_slot_tokens)
+            else:
+                by_rate = int(self._compiler.tokens_per_second * (end_s - step.time_s) + 1e-6)
+                said.append(max(before + 1, by_rate))
+        return said
+
+    def _hold_frames_back(self, row: int, step: Step, output: SlotOutput) -> None:
+        """After a reply that was said at once: which frames arrived meanwhile."""
+        state = self._rows[row]
+        if output.ids:
+            said = self._said_by(step)
+            state.missed = next((n for n, count in enumerate(said) if count >= len(output.ids)), len(said) - 1)
+            state.decides = output.ends
+            if not output.ends:  # cut at the end of its turn
+                state.missed, state.running = len(said) - 1, False
 
     def _budget(self, row: int, step: Step) -> int:
         """How many tokens may be said in the slot: what the rate of speech leaves, but at least one."""
         state = self._rows[row]
+        if self._blocked:
+            return self._said_by(step)[-1]
         if not state.running:
             state.reply_start_s, state.reply_tokens = step.time_s, 0
         if math.isinf(step.end_s):
@@ -123,7 +179,7 @@ class StreamingDecoder:
         opened = state.length > 0
         ids = self._template.close_turn() if opened else self._template.system_prefix(state.system)
         self._queue(row, [*ids, *self._template.user_turn(text)])
-        state.running = False
+        state.running, state.missed = False, 0
 
     def _add_frames(self, rows: Sequence[int], frames_CHW: Sequence[torch.Tensor]) -> None:
         anchor = self._tokenizer.special.anchor
@@ -144,13 +200,15 @@ class StreamingDecoder:
     def _queue(self, row: int, ids: Sequence[int]) -> None:
         self._rows[row].pending += ids
 
-    def _feed(self, rows: Sequence[int]) -> torch.Tensor:
-        """Feed what waits in `rows`; returns the logits [len(rows), V] after each row's last token."""
+    def _feed(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Feed what waits in `rows`; returns the logits [len(rows), V] after each row's last token, and where the
+        decision head is asked its P(speak) [len(rows)], NaN after a token that is no frame's anchor."""
         longest = max(len(self._rows[row].pending) for row in rows)
         # numpy, since filling tensors element by element would cost more than a tiny model's forward
         ids_RL, positions_RL, cross_RL = (np.zeros((len(self._rows), longest), np.int64) for _ in range(3))
         lo_RL, hi_RL, text_lo_RL = (np.zeros((len(self._rows), longest), np.int32) for _ in range(3))
         lengths_R = np.zeros(len(self._rows), np.int64)
+        ends_in_anchor: list[bool] = []
         for row in rows:
             state = self._rows[row]
             tokens, count = np.array(state.pending), len(state.pending)
@@ -161,6 +219,7 @@ class StreamingDecoder:
             lo_RL[row, :count], hi_RL[row, :count] = places.visible_lo, places.visible_hi
             lengths_R[row] = count
             state.length += count
+            ends_in_anchor.append(bool(is_anchor[-1]))
             state.pending = []
         last_R = torch.from_numpy(lengths_R[list(rows)] - 1).to(self._device)
         logits_RLV = self._model.extend(
@@ -173,19 +232,33 @@ class StreamingDecoder:
             text_lo_RL=torch.from_numpy(text_lo_RL).to(self._device),
             text_sinks=self._sight.text_sinks,
         )
-        return logits_RLV[torch.tensor(list(rows), device=self._device), last_R]
+        last = torch.tensor(list(rows), device=self._device), last_R
+        if self._config.decide_by == "tokens":
+            return logits_RLV[last], None
+        if self._state.decisions_RL is None:
+            raise ConfigError("decode.decide_by=head: the model has no decision head; set decode.decide_by=tokens")
+        asked_R = torch.tensor(ends_in_anchor, device=self._device)
+        return logits_RLV[last], self._state.decisions_RL[last].sigmoid().masked_fill(~asked_R, torch.nan)
 
     def _reply(
         self, rows: list[int], budgets: Mapping[int, int], on_token: Callable[[int, int], None]
     ) -> dict[int, SlotOutput]:
-        outputs: dict[int, SlotOutput] = {}
+        outputs: dict[int, SlotOutput] = {row: SlotOutput("silence", [], False, None) for row in rows}
+        for row in rows:
+            self._rows[row].may_think = self._thinks
         asking = rows
         while asking:
-            tokens, silence_probabilities = self._choose(asking, self._feed(asking), deciding=not outputs)
+            deciding = [not outputs[row].ids for row in asking]
+            tokens, silence_probabilities = self._choose(asking, *self._feed(asking), deciding)
             speaking = []
             for row, token, probability in zip(asking, tokens, silence_probabilities, strict=True):
-                state = self._rows[row]
-                output = outputs.setdefault(row, SlotOutput("silence", [], False, probability))
+                state, output = self._rows[row], outputs[row]
+                if self._think(row, token):
+                    speaking.append(row)
+                    continue
+                if not output.ids:
+                    output.silence_probability = probability
+                state.may_think = False
                 if token == self._silence:
                     output.ends = bool(output.ids)
                     state.running = False
@@ -203,22 +276,64 @@ class StreamingDecoder:
             asking = speaking
         return outputs
 
-    def _choose(self, rows: Sequence[int], logits_RV: torch.Tensor, deciding: bool) -> tuple[list[int], list[float]]:
-        """The next token of each row and P(silence). With `deciding` the rows stand at the start of a slot."""
-        logits_RV = logits_RV[:, : self._tokenizer.vocabulary_size].float().index_fill(1, self._forbidden, -torch.inf)
+    def _think(self, row: int, token: int) -> bool:
+        """Whether `token` belongs to a think unit; it is then fed, and the row asked on."""
+        state, special = self._rows[row], self._tokenizer.special
+        if state.thought is None:
+            if not (state.may_think and token == special.think_start):
+                return False
+            state.thought, state.may_think = 0, False
+        elif token == special.think_end or state.thought == self._config.think_tokens:
+            token, state.thought = special.think_end or token, None
+        else:
+            state.thought += 1
+        self._queue(row, [token])
+        return True
+
+    def _choose(
+        self, rows: Sequence[int], logits_RV: torch.Tensor, speak_R: torch.Tensor | None, deciding: Sequence[bool]
+    ) -> tuple[list[int], list[float]]:
+        """The next token of each row and P(silence); `deciding` rows have said nothing in their slot yet. `speak_R` is
+        the decision head's P(speak) where it decides."""
+        raw_RV = logits_RV[:, : self._tokenizer.vocabulary_size].float()
+        logits_RV = raw_RV.index_fill(1, self._forbidden, -torch.inf)
         silence_R = logits_RV.softmax(-1)[:, self._silence]
+        if self._thinks:
+            self._allow_thoughts(rows, raw_RV, logits_RV)
         tokens_R = logits_RV.argmax(-1)
         threshold = self._config.speak_threshold
-        if deciding and threshold is not None:
+        if any(deciding) and (threshold is not None or speak_R is not None):
+            idle = [
+                now and not state.running and state.thought is None and token != self._tokenizer.special.think_start
+                for now, state, token in zip(deciding, (self._rows[r] for r in rows), tokens_R.tolist(), strict=True)
+            ]
+            idle_R = torch.tensor(idle, device=self._device)
+            if speak_R is None:
+                is_silent_R = silence_R >= threshold
+            else:
+                idle_R &= ~speak_R.isnan()
+                half = self._config.head_threshold
+                is_silent_R = speak_R < (0.5 if half is None else half)
+                silence_R = torch.where(idle_R, 1.0 - speak_R, silence_R)
             text_R = logits_RV.index_fill(1, torch.tensor([self._silence], device=self._device), -torch.inf).argmax(-1)
-            decided_R = torch.where(silence_R >= threshold, torch.full_like(text_R, self._silence), text_R)
-            idle_R = torch.tensor([not self._rows[row].running for row in rows], device=self._device)
-            tokens_R = torch.where(idle_R, decided_R, tokens_R)
+            tokens_R = torch.where(idle_R, text_R.masked_fill(is_silent_R, self._silence), tokens_R)
         return tokens_R.tolist(), silence_R.tolist()
+
+    def _allow_thoughts(self, rows: Sequence[int], raw_RV: torch.Tensor, logits_RV: torch.Tensor) -> None:
+        """Opens to each row, in place, the marks that it may set: of a new think unit, or of the end of its own."""
+        special = self._tokenizer.special
+        for place, row in enumerate(rows):
+            state = self._rows[row]
+            if state.thought is not None:
+                logits_RV[place, self._silence] = -torch.inf
+            inside = [special.think_end, special.skip] if state.thought is not None else []
+            for token in inside or ([special.think_start] if state.may_think else []):
+                if token is not None:
+                    logits_RV[place, token] = raw_RV[place, token]
 
 
 def forbidden_tokens(tokenizer: StreamTokenizer) -> list[int]:
-    """The rows of the head that a model must never say: every special token but silence."""
+    """The rows of the head that a model must never say: every special token but silence. Think units are not said."""
     special = tokenizer.special
     roles = (
         special.begin_of_text,
@@ -230,6 +345,9 @@ def forbidden_tokens(tokenizer: StreamTokenizer) -> list[int]:
         special.anchor,
         special.padding,
         special.ellipsis,
+        special.think_start,
+        special.think_end,
+        special.skip,
     )
     return sorted({token for token in roles if token is not None and token < tokenizer.vocabulary_size})
 
@@ -241,4 +359,6 @@ def most_tokens(schedule: Schedule, tokenizer: StreamTokenizer, compiler: Compil
     prompts += sum(len(template.user_turn(step.user)) + 1 for step in schedule.steps if step.user is not None)
     slots = len(schedule.steps)
     spoken = int((schedule.steps[-1].time_s - schedule.steps[0].time_s) * compiler.tokens_per_second) + slots
-    return prompts + 2 * slots + spoken + config.last_slot_tokens
+    thinks = compiler.think == "keep" and tokenizer.special.think_start is not None
+    thought = slots * (config.think_tokens + 2) if thinks else 0
+    return prompts + 2 * slots + spoken + config.last_slot_tokens + thought

@@ -7,14 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moss_train.evaluate.judges import Judge
-from moss_train.evaluate.metrics import (
-    _Stream,
-    answer_is_right,
-    answer_is_stale,
-    false_revisions,
-    revision_delay,
-    slot_errors,
-)
+from moss_train.evaluate.metrics import slot_errors
+from moss_train.evaluate.metrics.replies import StreamReplies
+from moss_train.evaluate.metrics.revision import accurate_revision, answer_is_stale, false_revisions, right_answer
 from moss_train.evaluate.transcript import StreamTranscript, Utterance, model_utterances, reference_utterances
 
 
@@ -45,13 +40,13 @@ class Finding:
 
 def dues(transcript: StreamTranscript, judge: Judge, window_frames: int) -> list[Due]:
     """All that is to be said, in order of time."""
-    stream = _Stream.of(transcript)
+    stream = StreamReplies.of(transcript)
     found = [
         Due(
             max(question.asked_slot, question.evidence_slot),
             question.answer,
             False,
-            not answer_is_right(stream, question, judge, window_frames),
+            right_answer(stream, question, judge, window_frames) is None,
         )
         for question in transcript.questions
     ]
@@ -60,7 +55,7 @@ def dues(transcript: StreamTranscript, judge: Judge, window_frames: int) -> list
             revision.evidence_slot,
             revision.new,
             True,
-            revision_delay(stream, revision, judge, window_frames) is None,
+            accurate_revision(stream, revision, judge, window_frames) is None,
         )
         for revision in transcript.revisions
     ]
@@ -158,7 +153,7 @@ def _findings(
 
 def _stale_slots(transcript: StreamTranscript, judge: Judge, window_frames: int) -> set[int]:
     """First slots of the replies that `stale_rate` counts: the old answer, still standing when the window ends."""
-    stream, found = _Stream.of(transcript), set()
+    stream, found = StreamReplies.of(transcript), set()
     for revision in transcript.revisions:
         if answer_is_stale(stream, revision, judge, window_frames):
             end = stream.window_end(revision.evidence_slot, window_frames, revision.id)
@@ -169,7 +164,7 @@ def _stale_slots(transcript: StreamTranscript, judge: Judge, window_frames: int)
 
 def _false_slots(transcript: StreamTranscript, judge: Judge, window_frames: int) -> set[int]:
     """First slots of the replies that `false_revision_rate` counts."""
-    stream, reference = _Stream.of(transcript), _Stream.of(transcript.as_reference())
+    stream, reference = StreamReplies.of(transcript), StreamReplies.of(transcript.as_reference())
     return {
         reply.slot
         for confirmation in transcript.confirmations

@@ -1,47 +1,33 @@
 """All streams of a corpus: free-running and teacher-forced, batched, with figures of both.
 
-Shape suffixes: F frames of a stream, C colour channels, H, W pixels.
+`run_streams` runs one process's share of the streams, `result_of` makes figures of all shares; on one process
+`evaluate_streams` does both. Shape suffixes: F frames of a stream, C colour channels, H, W pixels.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
+from moss_train.data.batch import Batch
 from moss_train.data.collate import collate
-from moss_train.errors import DataError, SampleError
+from moss_train.errors import DataError
 from moss_train.evaluate.config import DecodeConfig, EvaluationConfig
 from moss_train.evaluate.decoder import SlotOutput, StreamingDecoder, most_tokens
 from moss_train.evaluate.judges import Judge
-from moss_train.evaluate.metrics import streaming_figures
-from moss_train.evaluate.schedule import Schedule, read_stream
-from moss_train.evaluate.teacher_forced import teacher_forced_transcripts
+from moss_train.evaluate.metrics import streaming_figures, teacher_forced_figures
+from moss_train.evaluate.prepared import Corpus, PreparedCorpus, PreparedStream, Share, prepare_streams
+from moss_train.evaluate.teacher_forced import missed_turns, rolled_forward, teacher_forced_transcripts
 from moss_train.evaluate.transcript import StreamTranscript
 from moss_train.parallel.phases import beat
-from moss_train.streams.compiled import CompiledStream, FrameRequest
-from moss_train.streams.compiler import compile_sample
+from moss_train.streams.compiled import CompiledStream
 from moss_train.streams.config import CompilerConfig
-from moss_train.streams.media import MediaInfo
-from moss_train.streams.schema import Sample, StreamSample
 from moss_train.streams.tokenizer import StreamTokenizer
 
 _LOGIT_BYTES = 512 * 2**20  #: bound of the float32 logits of one teacher-forced pass
-
-
-class Corpus(Protocol):
-    """What evaluation reads of a packed source, sample by sample; `moss_train.data.corpus` has the real one."""
-
-    def __len__(self) -> int: ...
-
-    def key(self, number: int) -> str: ...
-
-    def sample(self, number: int) -> Sample: ...
-
-    def media_info(self, number: int) -> dict[str, MediaInfo]: ...
-
-    def frames(self, number: int, requests: Sequence[FrameRequest]) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -55,14 +41,24 @@ class EvaluationResult:
     skipped: dict[str, str]  #: key → why the sample could not be evaluated; also counted in `n_skipped`
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """One stream, ready to be run."""
+@dataclass
+class StreamsRun:
+    """What one process found about its share of the streams."""
 
-    compiled: CompiledStream
-    schedule: Schedule
-    transcript: StreamTranscript
-    frames_FCHW: torch.Tensor
+    free: list[StreamTranscript] = field(default_factory=list)
+    forced: list[StreamTranscript] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    free_seconds: float = 0.0
+    forced_seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        transcripts = {name: [one.to_json() for one in getattr(self, name)] for name in ("free", "forced")}
+        return transcripts | {name: getattr(self, name) for name in ("skipped", "free_seconds", "forced_seconds")}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "StreamsRun":
+        transcripts = {name: list(map(StreamTranscript.from_json, data[name])) for name in ("free", "forced")}
+        return cls(**(data | transcripts))
 
 
 def evaluate_streams(
@@ -75,109 +71,90 @@ def evaluate_streams(
     decode: DecodeConfig | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> EvaluationResult:
-    """Run every stream of `corpus` through `model`; samples of other kinds are left out.
+    """Run every stream of `corpus` through `model` on this process; samples of other kinds are left out.
 
-    The model is put into evaluation mode and back. Arrival jitter is off, whatever `compiler` says: every model is
-    asked the same. A sample that does not compile or decode is left out and listed in the result.
-    `on_progress(done, total)` is called after each batch.
+    The model is put into evaluation mode and back. A sample that does not compile or decode is left out and listed in
+    the result. `on_progress(done, total)` is called after each batch.
     Raises DataError when the corpus holds no stream that can be evaluated.
     """
     config, decode = config or EvaluationConfig(), decode or DecodeConfig()
     config.validate()
     decode.validate()
-    compiler = replace(compiler, jitter_probability=0.0)
-    skipped: dict[str, str] = {}
-    prepared = _prepare(corpus, tokenizer, compiler, config.limit, skipped)
-    was_training = model.training
-    model.eval()
-    free: dict[str, StreamTranscript] = {}
-    forced: dict[str, StreamTranscript] = {}
-    seconds = {"free_running": 0.0, "teacher_forced": 0.0}
-    try:
-        for streams in _batches(prepared, corpus, config.batch_streams, skipped):
+    prepared = prepare_streams(corpus, tokenizer, compiler, config.limit)
+    run = run_streams(model, prepared, tokenizer, config, decode, on_progress=on_progress)
+    return result_of(prepared, [run], judge, config)
+
+
+def run_streams(
+    model: Any,
+    prepared: PreparedCorpus[PreparedStream],
+    tokenizer: StreamTokenizer,
+    config: EvaluationConfig,
+    decode: DecodeConfig,
+    share: Share | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> StreamsRun:
+    """Run a share of the streams through `model`, which is put into evaluation mode and back."""
+    run, share = StreamsRun(), share or Share()
+    total = len(range(share.number, len(prepared.items), share.count))
+    with evaluating(model):
+        for streams, frames in prepared.batches(share, config.batch_streams, run.skipped):
             started = time.perf_counter()
-            for transcript in free_running(model, streams, tokenizer, compiler, decode):
-                free[transcript.key] = transcript
-            seconds["free_running"] += time.perf_counter() - started
-            started = time.perf_counter()
-            for transcript in _teacher_forced(model, streams, tokenizer):
-                forced[transcript.key] = transcript
-            seconds["teacher_forced"] += time.perf_counter() - started
+            run.free += free_running(model, streams, frames, tokenizer, prepared.compiler, decode)
+            between = time.perf_counter()
+            run.forced += _teacher_forced(model, streams, frames, tokenizer, prepared.compiler, decode)
+            run.free_seconds += between - started
+            run.forced_seconds += time.perf_counter() - between
             if on_progress is not None:
-                on_progress(len(free), len(prepared))
-    finally:
-        model.train(was_training)
+                on_progress(len(run.free), total)
+    return run
+
+
+def result_of(
+    prepared: PreparedCorpus[PreparedStream], runs: Sequence[StreamsRun], judge: Judge, config: EvaluationConfig
+) -> EvaluationResult:
+    """The figures of all shares together; the same however the streams were shared out.
+
+    Raises DataError when not one stream could be evaluated.
+    """
+    free = {transcript.key: transcript for run in runs for transcript in run.free}
+    forced = {transcript.key: transcript for run in runs for transcript in run.forced}
+    failed = prepared.skipped | {key: reason for run in runs for key, reason in run.skipped.items()}
+    skipped = dict(sorted(failed.items()))
     if not free:
         key, reason = next(iter(skipped.items()))
         raise DataError(f"not one stream can be evaluated; the first, {key!r}: {reason}")
-    order = [stream.compiled.key for stream in prepared if stream.compiled.key in free]
+    order = [item.compiled.key for item in prepared.items if item.compiled.key in free]
     transcripts, forced_transcripts = [free[key] for key in order], [forced[key] for key in order]
+    rules = (judge, config.window_frames, config.tolerance_s)
 
-    def figures(of: list[StreamTranscript], part: str) -> dict[str, float]:
-        more = {"n_skipped": len(skipped), "evaluation_seconds": seconds[part]}
-        return streaming_figures(of, judge, config.window_frames) | more
+    def more(part: str) -> dict[str, float]:
+        return {"n_skipped": len(skipped), "evaluation_seconds": max(getattr(run, f"{part}_seconds") for run in runs)}
 
     return EvaluationResult(
-        figures=figures(transcripts, "free_running"),
-        teacher_forced=figures(forced_transcripts, "teacher_forced"),
+        figures=streaming_figures(transcripts, *rules) | more("free"),
+        teacher_forced=teacher_forced_figures(forced_transcripts, *rules) | more("forced"),
         transcripts=transcripts,
         teacher_forced_transcripts=forced_transcripts,
         skipped=skipped,
     )
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """One stream before its pictures are read."""
-
-    number: int
-    compiled: CompiledStream
-    schedule: Schedule
-    transcript: StreamTranscript
-
-
-def _prepare(
-    corpus: Corpus, tokenizer: StreamTokenizer, compiler: CompilerConfig, limit: int | None, skipped: dict[str, str]
-) -> list[_Prepared]:
-    prepared: list[_Prepared] = []
-    for number in range(len(corpus)):
-        if limit is not None and len(prepared) == limit:
-            break
-        beat()
-        try:
-            sample = corpus.sample(number)
-            if isinstance(sample, StreamSample):
-                compiled = compile_sample(sample, corpus.media_info(number), tokenizer, compiler)
-                prepared.append(_Prepared(number, compiled, *read_stream(sample, compiled, compiler, tokenizer)))
-        except SampleError as error:
-            skipped[corpus.key(number)] = error.reason
-    if not prepared and not skipped:
-        raise DataError("the source holds no stream to evaluate: name one with samples of schema moss_train/stream@1")
-    return prepared
-
-
-def _batches(
-    prepared: Sequence[_Prepared], corpus: Corpus, size: int, skipped: dict[str, str]
-) -> Iterator[list[_Loaded]]:
-    """Streams of similar length together, the longest first, so that memory runs out at once or never."""
-    ordered = sorted(prepared, key=lambda stream: (-len(stream.schedule.steps), -len(stream.compiled.ids)))
-    for start in range(0, len(ordered), size):
-        batch = []
-        for stream in ordered[start : start + size]:
-            compiled = stream.compiled
-            beat()
-            try:
-                frames_FCHW = corpus.frames(stream.number, compiled.frames)
-                batch.append(_Loaded(compiled, stream.schedule, stream.transcript, frames_FCHW))
-            except SampleError as error:
-                skipped[compiled.key] = error.reason
-        if batch:
-            yield batch
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model is in evaluation mode meanwhile."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def free_running(
     model: Any,
-    streams: Sequence[_Loaded],
+    streams: Sequence[PreparedStream],
+    frames_FCHW: Sequence[torch.Tensor],
     tokenizer: StreamTokenizer,
     compiler: CompilerConfig,
     decode: DecodeConfig,
@@ -204,7 +181,7 @@ def free_running(
         pictures = {}
         for row, step in steps.items():
             if step.user is None:
-                pictures[row] = streams[row].frames_FCHW[shown[row]]
+                pictures[row] = frames_FCHW[row][shown[row]]
                 shown[row] += 1
         for row, output in decoder.step(steps, pictures).items():
             outputs[row].append(output)
@@ -222,20 +199,45 @@ def fill_transcript(
             text=tokenizer.decode(output.ids) if output.ids else "",
             ends=output.ends,
             silence_probability=output.silence_probability,
+            tokens=len(output.ids),
         )
         for slot, output in zip(transcript.slots, outputs, strict=True)
     )
     return replace(transcript, slots=slots, notes={"tokens": sum(len(output.ids) for output in outputs)})
 
 
-def _teacher_forced(model: Any, streams: Sequence[_Loaded], tokenizer: StreamTokenizer) -> list[StreamTranscript]:
-    longest = max(len(stream.compiled.ids) for stream in streams)
-    rows = max(1, _LOGIT_BYTES // (4 * longest * tokenizer.vocabulary_size))
-    finished = []
-    for start in range(0, len(streams), rows):
-        beat()
-        part = streams[start : start + rows]
-        batch = collate([[(stream.compiled, stream.frames_FCHW)] for stream in part])
-        compiled = [stream.compiled for stream in part]
-        finished += teacher_forced_transcripts(model, batch, compiled, [s.transcript for s in part], tokenizer)
+def _teacher_forced(
+    model: Any,
+    streams: Sequence[PreparedStream],
+    frames_FCHW: Sequence[torch.Tensor],
+    tokenizer: StreamTokenizer,
+    compiler: CompilerConfig,
+    decode: DecodeConfig,
+) -> list[StreamTranscript]:
+    finished: list[StreamTranscript] = []
+    compiled = [stream.compiled for stream in streams]
+    for part, batch in _passes(compiled, frames_FCHW, tokenizer.vocabulary_size):
+        transcripts = [streams[number].transcript for number in part]
+        rows = [compiled[number] for number in part]
+        finished += teacher_forced_transcripts(model, batch, rows, transcripts, tokenizer, decode.speak_threshold)
+    missed = missed_turns(compiled, finished, tokenizer, compiler)
+    seen = [frames_FCHW[turn.stream][: len(turn.row.frames)] for turn in missed]
+    for part, batch in _passes([turn.row for turn in missed], seen, tokenizer.vocabulary_size):
+        turns = [missed[number] for number in part]
+        found = rolled_forward(model, batch, turns, tokenizer, decode.speak_threshold)
+        for turn, rolled in zip(turns, found, strict=True):
+            transcript = finished[turn.stream]
+            finished[turn.stream] = replace(transcript, rolled=(*transcript.rolled, rolled))
     return finished
+
+
+def _passes(
+    rows: Sequence[CompiledStream], frames_FCHW: Sequence[torch.Tensor], vocabulary: int
+) -> Iterator[tuple[range, Batch]]:
+    """The rows in batches whose logits fit; each with the numbers of its rows."""
+    longest = max((len(row.ids) for row in rows), default=1)
+    size = max(1, _LOGIT_BYTES // (4 * longest * vocabulary))
+    for start in range(0, len(rows), size):
+        beat()
+        part = range(start, min(start + size, len(rows)))
+        yield part, collate([[(rows[number], frames_FCHW[number])] for number in part])

@@ -6,7 +6,7 @@ clip, meet every event between the same two frames as training did.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moss_train.errors import SampleError
 from moss_train.evaluate.transcript import (
@@ -21,7 +21,7 @@ from moss_train.evaluate.transcript import (
 from moss_train.streams.compiled import CompiledStream
 from moss_train.streams.config import CompilerConfig
 from moss_train.streams.media import SAME_MOMENT_S
-from moss_train.streams.schema import Reply, StreamSample
+from moss_train.streams.schema import Confirm, Reply, StreamSample
 from moss_train.streams.timeline import TimelineSlot, build_timeline
 from moss_train.streams.tokenizer import StreamTokenizer
 
@@ -33,6 +33,8 @@ class Step:
     time_s: float
     end_s: float  #: when the next event ends the slot; infinity for the last one
     user: str | None
+    turn_ends_s: tuple[float, ...] = ()  #: when the slots of this turn end, all of them
+    place: int = 0  #: of this slot among them
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,12 @@ def schedule_of(sample: StreamSample, slots: Sequence[TimelineSlot]) -> Schedule
             user = "" if slot.question is None else slot.question.text
         steps.append(Step(slot.time_s, slot.end_s, user))
     steps[-1] = Step(steps[-1].time_s, math.inf, steps[-1].user)
+    first = 0
+    while first < len(steps):
+        end = next((n for n in range(first + 1, len(steps)) if steps[n].user is not None), len(steps))
+        ends_s = tuple(step.end_s for step in steps[first:end])
+        steps[first:end] = [replace(step, turn_ends_s=ends_s, place=n) for n, step in enumerate(steps[first:end])]
+        first = end
     return Schedule(sample.key, sample.system, tuple(steps))
 
 
@@ -66,7 +74,7 @@ def read_stream(
     """What happens to the stream, and its transcript with the model's side still silent.
 
     Questions, revisions and confirmations come from `source_metadata` where the sample has them (times in seconds,
-    see `data/synthetic/world.py`); otherwise questions and revisions are read from the events' links and evidence.
+    see `data/synthetic/world.py`); otherwise they are read from the events' links and evidence.
     Raises SampleError when the sample is no stream.
     """
     if not isinstance(sample, StreamSample):
@@ -94,6 +102,7 @@ def _transcript(sample: StreamSample, compiled: CompiledStream, timeline: Sequen
                 reference_text=slot.text,
                 reference_ends=slot.ends,
                 reference_event=slot.event_id,
+                reference_tokens=0 if event.piece is None else len(event.piece.ids),
             )
         )
         if event.opens_turn:
@@ -115,6 +124,7 @@ def _transcript(sample: StreamSample, compiled: CompiledStream, timeline: Sequen
         tuple(items.questions()),
         tuple(items.revisions()),
         tuple(items.confirmations()),
+        end_s=sample.sampling.end_s,
     )
 
 
@@ -126,6 +136,7 @@ class _Items:
     ):
         self._metadata = sample.source_metadata or {}
         self._replies = [event for event in sample.events if isinstance(event, Reply)]
+        self._confirms = [event for event in sample.events if isinstance(event, Confirm)]
         self._asked_at = {event.id: event.t for event in sample.events if event.role == "user"}
         self._slots = slots
         self._asked = asked  # user event → slot that its turn opens
@@ -203,8 +214,15 @@ class _Items:
 
     def confirmations(self) -> list[Confirmation]:
         found = []
-        for row in self._metadata.get("confirmations", []):
+        rows = self._metadata.get("confirmations")
+        if rows is None:
+            rows = self._confirmations_of_events()
+        for row in rows:
             slot = self._slot_at(row["t"])
             if slot is not None:
                 found.append(Confirmation(slot, row["standing"]))
         return found
+
+    def _confirmations_of_events(self) -> list[dict]:
+        texts = {reply.id: reply.text for reply in self._replies}
+        return [{"t": event.t, "standing": texts[event.confirms]} for event in self._confirms]

@@ -5,17 +5,27 @@ Also the proof that serving equals training: `incremental_logits` runs a compile
 Shape suffixes: R rows, T tokens, V vocabulary, L tokens fed at once, C colour channels, H, W pixels, F frames.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from moss_train.data.batch import Batch
 from moss_train.evaluate.decoder import forbidden_tokens
-from moss_train.evaluate.transcript import StreamTranscript
-from moss_train.streams.compiled import IGNORED_LABEL, CompiledStream
+from moss_train.evaluate.metrics.language import frames_to_roll, turns_of
+from moss_train.evaluate.transcript import RolledForward, StreamTranscript
+from moss_train.streams.compiled import IGNORED_LABEL, CompiledStream, Kind
+from moss_train.streams.config import CompilerConfig
+from moss_train.streams.row import RowWriter
+from moss_train.streams.sight import Sight
 from moss_train.streams.tokenizer import StreamTokenizer
+
+#: labels of what is heard of a reply, and of its end; think units and what is known to be wrong are not judged
+_JUDGED = (Kind.TEXT, Kind.ONSET, Kind.REVISION, Kind.STOP_SILENCE)
 
 
 @torch.inference_mode()
@@ -25,39 +35,82 @@ def teacher_forced_transcripts(
     compiled: Sequence[CompiledStream],
     transcripts: Sequence[StreamTranscript],
     tokenizer: StreamTokenizer,
+    speak_threshold: float | None = None,
 ) -> list[StreamTranscript]:
     """The transcripts with the model's side filled from one forward pass.
 
     `batch` holds one stream a row, row r being `compiled[r]`. In a slot where the reference speaks, the model's text is
     the most probable token at each position of the reference's text; where it is silent, the one token that the model
     would have begun with. A slot whose decision is silence says nothing, so that a reply missed at its first slot is
-    not completed by the reference's later ones.
+    not completed by the reference's later ones. `speak_threshold` as in `DecodeConfig`.
     """
     logits_TRV = model(batch.to(next(model.parameters()).device))
-    forbidden = torch.tensor(forbidden_tokens(tokenizer), device=logits_TRV.device)
     finished = []
     for row, (stream, transcript) in enumerate(zip(compiled, transcripts, strict=True)):
         logits_TV = logits_TRV[: len(stream.ids), row, : tokenizer.vocabulary_size].float()
-        logits_TV = logits_TV.index_fill(1, forbidden, -torch.inf)
-        predicted = logits_TV.argmax(-1).tolist()
-        at_slots = torch.tensor([slot.position for slot in stream.slots], device=logits_TV.device)
-        silence = logits_TV[at_slots].softmax(-1)[:, tokenizer.special.silence].tolist()
-        finished.append(_fill(stream, transcript, predicted, silence, tokenizer))
+        finished.append(_fill(transcript, _Reading(stream, logits_TV, tokenizer, speak_threshold)))
     return finished
 
 
-def _fill(
-    stream: CompiledStream,
-    transcript: StreamTranscript,
-    predicted: Sequence[int],
-    silence_probabilities: Sequence[float],
-    tokenizer: StreamTokenizer,
-) -> StreamTranscript:
-    silence = tokenizer.special.silence
+class _Reading:
+    """What is read from the logits of one stream."""
+
+    def __init__(
+        self,
+        stream: CompiledStream,
+        logits_TV: torch.Tensor,
+        tokenizer: StreamTokenizer,
+        speak_threshold: float | None,
+    ):
+        self.stream, self.tokenizer = stream, tokenizer
+        self.silence = tokenizer.special.silence
+        judged_T = np.isin(stream.kinds, _JUDGED)
+        places = torch.from_numpy(np.flatnonzero(judged_T)).to(logits_TV.device)
+        labels = torch.from_numpy(stream.labels[judged_T].astype(np.int64)).to(logits_TV.device)
+        nll = F.cross_entropy(logits_TV[places], labels, reduction="none") if len(places) else labels.float()
+        best = logits_TV[places].argmax(-1)
+        #: position → (cross-entropy of its label, whether the label is the most probable token)
+        self.labels = dict(
+            zip(places.tolist(), zip(nll.double().tolist(), (best == labels).tolist(), strict=True), strict=True)
+        )
+        forbidden = torch.tensor(forbidden_tokens(tokenizer), device=logits_TV.device)
+        logits_TV = logits_TV.index_fill(1, forbidden, -torch.inf)
+        self.predicted = logits_TV.argmax(-1).tolist()
+        at_slots = torch.tensor([slot.position for slot in stream.slots], device=logits_TV.device)
+        self.silence_probabilities = logits_TV[at_slots].softmax(-1)[:, self.silence].tolist()
+        if speak_threshold is not None:
+            self._decide(logits_TV, speak_threshold)
+
+    def _decide(self, logits_TV: torch.Tensor, speak_threshold: float) -> None:
+        """At slots in which no reply runs the threshold says whether to speak."""
+        for slot, probability in zip(self.stream.slots, self.silence_probabilities, strict=True):
+            if slot.state == "continue":
+                continue
+            self.predicted[slot.position] = self.silence
+            if probability < speak_threshold:
+                row_V = logits_TV[slot.position].clone()
+                row_V[self.silence] = -torch.inf
+                self.predicted[slot.position] = int(row_V.argmax())
+
+    def text_span(self, position: int) -> list[int]:
+        """The positions whose labels are the text of the slot that is decided at `position`; [] for a silent slot."""
+        labels, kinds, span = self.stream.labels, self.stream.kinds, []
+        while position < len(labels) and labels[position] not in (IGNORED_LABEL, self.silence):
+            if kinds[position] != Kind.THINK:
+                span.append(position)
+            position += 1
+        return span
+
+
+def _fill(transcript: StreamTranscript, reading: _Reading) -> StreamTranscript:
+    predicted, silence, stream = reading.predicted, reading.silence, reading.stream
     slots = []
     begun: str | None = None  # the reference's reply whose first slot the model did not miss
-    for slot, record, probability in zip(stream.slots, transcript.slots, silence_probabilities, strict=True):
-        span = _text_span(stream, slot.position, silence)
+    for slot, record, probability in zip(stream.slots, transcript.slots, reading.silence_probabilities, strict=True):
+        if slot.note == "blocked":  # nothing is decided there, and nothing was trained
+            slots.append(replace(record, state="silence", text="", ends=False, silence_probability=None))
+            continue
+        span = reading.text_span(slot.position)
         speaks = predicted[slot.position] != silence
         said = [token for token in (predicted[t] for t in span or [slot.position]) if token != silence]
         state = "silence"
@@ -66,25 +119,82 @@ def _fill(
         if record.reference_state == "speak":
             begun = record.reference_event if speaks else None
         stops = bool(span) and record.reference_ends and predicted[span[-1] + 1] == silence
+        places = [*span, span[-1] + 1] if span and record.reference_ends else span
+        judged = [reading.labels[place] for place in places if place in reading.labels]
+        right = [is_right for _, is_right in judged]
         slots.append(
             replace(
                 record,
                 state=state,
-                text=tokenizer.decode(said) if speaks else "",
+                text=reading.tokenizer.decode(said) if speaks else "",
                 ends=speaks and (stops or not record.reference_speaks),
                 silence_probability=probability,
+                tokens=len(said) if speaks else 0,
+                labels=len(judged),
+                labels_right=right.index(False) if False in right else len(right),
+                labels_nll=math.fsum(nll for nll, _ in judged),
             )
         )
     return replace(transcript, slots=tuple(slots))
 
 
-def _text_span(stream: CompiledStream, position: int, silence: int) -> list[int]:
-    """The positions whose labels are the text of the slot that is decided at `position`; [] for a silent slot."""
-    span = []
-    while position < len(stream.labels) and stream.labels[position] not in (IGNORED_LABEL, silence):
-        span.append(position)
-        position += 1
-    return span
+@dataclass(frozen=True)
+class MissedTurn:
+    """A turn whose reply the model began at none of its slots, and the row that shows it further frames."""
+
+    stream: int  #: number of its transcript among those given
+    slot: int  #: in which the reference begins the reply
+    row: CompiledStream
+    anchors: tuple[int, ...]  #: positions in the row at which it may still speak
+
+
+def missed_turns(
+    compiled: Sequence[CompiledStream],
+    transcripts: Sequence[StreamTranscript],
+    tokenizer: StreamTokenizer,
+    compiler: CompilerConfig,
+) -> list[MissedTurn]:
+    """The missed turns of teacher-forced transcripts that have further frames to show: the reference's row up to the
+    decision at which the reply begins, then silence and anchor for each such frame (see `metrics.language`)."""
+    missed = []
+    for number, (stream, transcript) in enumerate(zip(compiled, transcripts, strict=True)):
+        for turn in turns_of(transcript):
+            frames = frames_to_roll(transcript, turn)
+            if frames == 0 or turn.first_spoken(transcript) is not None:
+                continue
+            position = stream.slots[turn.reply.slot].position
+            writer = RowWriter(tokenizer)
+            writer.untrained(stream.ids[: position + 1].tolist())
+            for _ in range(frames):
+                writer.untrained([tokenizer.special.silence, tokenizer.special.anchor])
+            seen = sum(token == tokenizer.special.anchor for token in writer.ids)
+            row = writer.compiled(stream.key, stream.kind, stream.frames[:seen], compiler, Sight.of(compiler))
+            missed.append(MissedTurn(number, turn.reply.slot, row, tuple(range(position + 2, len(row.ids), 2))))
+    return missed
+
+
+@torch.inference_mode()
+def rolled_forward(
+    model: Any,
+    batch: Batch,
+    missed: Sequence[MissedTurn],
+    tokenizer: StreamTokenizer,
+    speak_threshold: float | None = None,
+) -> list[RolledForward]:
+    """What the model does in `missed` when the silence goes on; `batch` holds the row of one in each of its rows."""
+    logits_TRV = model(batch.to(next(model.parameters()).device))
+    forbidden = torch.tensor(forbidden_tokens(tokenizer), device=logits_TRV.device)
+    silence, rolled = tokenizer.special.silence, []
+    for row, turn in enumerate(missed):
+        logits_NV = logits_TRV[list(turn.anchors), row, : tokenizer.vocabulary_size].float()
+        logits_NV = logits_NV.index_fill(1, forbidden, -torch.inf)
+        if speak_threshold is None:
+            speaks = (logits_NV.argmax(-1) != silence).tolist()
+        else:
+            speaks = (logits_NV.softmax(-1)[:, silence] < speak_threshold).tolist()
+        spoke_after = speaks.index(True) + 1 if True in speaks else None
+        rolled.append(RolledForward(turn.slot, len(turn.anchors), spoke_after))
+    return rolled
 
 
 @torch.inference_mode()

@@ -40,6 +40,12 @@ class SlotRecord:
     text: str = ""
     ends: bool = False  #: the model closed its reply in this slot
     silence_probability: float | None = None  #: of the decision; None where no decision was read
+    tokens: int = 0  #: text tokens that the model says here
+    reference_tokens: int = 0  #: text tokens that the reference says here
+    labels: int = 0  #: teacher-forced: labels of the reference's reply here, its stop silence included
+    labels_right: int = 0  #: of these, how many from the first on are the most probable ones
+    labels_nll: float = 0.0  #: sum of their cross-entropies, nats
+    emitted_s: float | None = None  #: live: when the first token was out, in seconds of the wall clock since the start
 
     @property
     def speaks(self) -> bool:
@@ -60,6 +66,7 @@ class Utterance:
     last_slot: int
     complete: bool
     event: str | None = None  #: the reference's event; None for what the model says
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,15 @@ class Confirmation:
 
 
 @dataclass(frozen=True)
+class RolledForward:
+    """A reply that a teacher-forced model did not begin in time, and what it did when the silence went on."""
+
+    slot: int  #: in which the reference begins the reply
+    frames: int  #: how many further frames it was shown, each but the last followed by silence
+    spoke_after: int | None  #: at the how manieth of them it spoke, from 1; None: at none
+
+
+@dataclass(frozen=True)
 class StreamTranscript:
     """All that is known about one stream after it was evaluated."""
 
@@ -105,6 +121,8 @@ class StreamTranscript:
     revisions: tuple[Revision, ...] = ()
     confirmations: tuple[Confirmation, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)  #: free figures, e.g. tokens generated
+    end_s: float | None = None  #: when the stream ends, seconds
+    rolled: tuple[RolledForward, ...] = ()  #: teacher-forced, of replies that were begun at none of their turns' slots
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -119,6 +137,8 @@ class StreamTranscript:
             revisions=tuple(Revision(**revision) for revision in data["revisions"]),
             confirmations=tuple(Confirmation(**confirmation) for confirmation in data["confirmations"]),
             notes=dict(data["notes"]),
+            end_s=data["end_s"],
+            rolled=tuple(RolledForward(**rolled) for rolled in data["rolled"]),
         )
 
     def as_reference(self) -> "StreamTranscript":
@@ -129,6 +149,7 @@ class StreamTranscript:
                 state=slot.reference_state if slot.reference_speaks else "silence",
                 text=slot.reference_text,
                 ends=slot.reference_ends,
+                tokens=slot.reference_tokens,
             )
             for slot in self.slots
         )
@@ -137,7 +158,7 @@ class StreamTranscript:
 
 def model_utterances(slots: tuple[SlotRecord, ...]) -> list[Utterance]:
     """The model's replies in order. A reply ends at its stop silence, at a silent slot or at a user turn."""
-    return _utterances([(slot.state, slot.text, slot.ends, slot.opens_turn, None) for slot in slots])
+    return _utterances([(slot.state, slot.text, slot.ends, slot.opens_turn, None, slot.tokens) for slot in slots])
 
 
 def reference_utterances(slots: tuple[SlotRecord, ...]) -> list[Utterance]:
@@ -150,24 +171,31 @@ def reference_utterances(slots: tuple[SlotRecord, ...]) -> list[Utterance]:
                 slot.reference_ends,
                 slot.opens_turn,
                 slot.reference_event,
+                slot.reference_tokens,
             )
             for slot in slots
         ]
     )
 
 
-def _utterances(said: list[tuple[str, str, bool, bool, str | None]]) -> list[Utterance]:
+def _utterances(said: list[tuple[str, str, bool, bool, str | None, int]]) -> list[Utterance]:
     replies: list[Utterance] = []
     running = False
-    for ordinal, (state, text, ends, opens_turn, event) in enumerate(said):
+    for ordinal, (state, text, ends, opens_turn, event, tokens) in enumerate(said):
         if state == "silence":
             running = False
             continue
         if running and state == "continue" and not opens_turn:
             previous = replies[-1]
-            replies[-1] = replace(previous, text=previous.text + text, last_slot=ordinal, complete=ends)
+            replies[-1] = replace(
+                previous,
+                text=previous.text + text,
+                last_slot=ordinal,
+                complete=ends,
+                tokens=previous.tokens + tokens,
+            )
         else:
-            replies.append(Utterance(text, ordinal, ordinal, ends, event))
+            replies.append(Utterance(text, ordinal, ordinal, ends, event, tokens))
         running = not ends
     return replies
 

@@ -7,6 +7,7 @@ import torch
 
 from moss_train.model import modules
 from moss_train.model.config import ModelConfig, RecomputeConfig
+from moss_train.model.decision_head import DecisionHead
 from moss_train.model.layers import CrossLayer, SelfLayer
 from moss_train.model.parts import part_of
 from moss_train.model.projector import Projector
@@ -88,6 +89,8 @@ def fresh_weights(
         yield from _named(f"layers.{index}", kind(index, config, megatron, own_group))
     yield from _named("final_norm", modules.rms_norm(megatron, text.hidden_size))
     yield from _named("head", modules.output_linear(megatron, text.hidden_size, text.vocabulary_size, own_group))
+    if config.decision_head:
+        yield from _named("decision_head", DecisionHead(megatron, text.hidden_size, own_group))
     drawn_so_far = torch.get_rng_state()
     tower, projector = _vision(config, dtype)
     torch.set_rng_state(drawn_so_far)

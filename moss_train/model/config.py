@@ -124,6 +124,9 @@ class ModelConfig:
     """Rotate cross-attention queries and keys by text and anchor positions (MOSS-Video-Preview); Llama-3.2 does not."""
     reference_compat: bool = False
     """Reproduce the reference's leak: tokens that see no frame attend to every frame. For parity checks only."""
+    decision_head: bool = False
+    """A second head that says, at each frame's anchor, whether to speak now (docs/objectives.md). It starts from zeros;
+    weights without one can start a model with one."""
     attention: str = "segments"
     """Attention over visibility ranges: segments (runs of equal visibility), or dense (a full mask; for tests)."""
     initial_gate: float = 0.0

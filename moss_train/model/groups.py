@@ -18,6 +18,7 @@ GROUPS = (
     "anchor_embedding",
     "final_norm",
     "head",
+    "decision_head",
 )
 
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -25,7 +26,15 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "projector_only": ("projector",),
     "projector_xattn": ("projector", "cross_layers"),
     "vision_projector_xattn": ("vision_tower", "projector", "cross_layers"),
-    "language_model": ("cross_layers", "self_layers", "embedding", "anchor_embedding", "final_norm", "head"),
+    "language_model": (
+        "cross_layers",
+        "self_layers",
+        "embedding",
+        "anchor_embedding",
+        "final_norm",
+        "head",
+        "decision_head",
+    ),
 }
 
 #: What the reference's published pretraining really trained, through its substring match (of 40 layers).

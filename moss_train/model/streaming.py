@@ -60,6 +60,8 @@ class StreamState:
         self.max_tokens, self.max_frames = max_tokens, max_frames
         self.tokens_R = torch.zeros(rows, dtype=torch.int64, device=parameter.device)
         self.frames_R = torch.zeros(rows, dtype=torch.int64, device=parameter.device)
+        #: of the tokens last fed, logits of "speak now"; None without a decision head
+        self.decisions_RL: torch.Tensor | None = None
         self.self_cache, self.cross_cache = {}, {}
         frame_tokens = model.sizes.tokens_per_frame
         for layer in model.decoder_layers:
@@ -142,6 +144,7 @@ class StreamState:
             features_NPH=None,
             sees_frames_TR1=sees_TR1 if len(frame_F) else None,
         )
-        logits_LRV = self.model.decode(ids_RL.T, inputs)
+        predictions = self.model.predict(ids_RL.T, inputs)
+        self.decisions_RL = None if predictions.decisions_TR is None else predictions.decisions_TR.T
         self.tokens_R = total_R
-        return logits_LRV.transpose(0, 1)
+        return predictions.logits_TRV.transpose(0, 1)

@@ -15,9 +15,11 @@ from moss_train.data.batch import Batch
 from moss_train.model import modules, parts, visibility
 from moss_train.model.attention import AttentionBackend, DenseAttention, SegmentAttention
 from moss_train.model.config import ModelConfig, RecomputeConfig
+from moss_train.model.decision_head import DecisionHead
 from moss_train.model.flash import flash_attention_available, lay_out_streams
 from moss_train.model.layers import CrossLayer, LayerInputs, SelfLayer
 from moss_train.model.precision import Precision
+from moss_train.model.predictions import Predictions
 from moss_train.model.projector import Projector, pooled_features
 from moss_train.model.recompute import recomputed
 from moss_train.model.rotary import RotaryTable
@@ -117,7 +119,7 @@ class VideoModel(nn.Module):
         `frame_group`: those that share the frames of the cross layers; None or a group of one: all frames are here.
         `part`: None for the whole model. `initialise`: False leaves weights unset, for what is loaded right after.
         `fp8`: the decoder's matrices multiply in 8 bits (`model.precision`); `dtype` is bfloat16 then.
-        `finished`: called with the tower, the projector, the embedding, each layer, the last norm and the head, each
+        `finished`: called with the tower, the projector, the embedding, each layer, the last norm and the heads, each
         before the next one is built, so that it can free the memory of what is not initialised.
         """
         super().__init__()
@@ -154,6 +156,8 @@ class VideoModel(nn.Module):
         if self.part.head:
             self.final_norm = built(modules.rms_norm(self.config, text.hidden_size))
             self.head = built(modules.output_linear(self.config, text.hidden_size, text.vocabulary_size, tensor_group))
+            if config.decision_head:
+                self.decision_head = built(DecisionHead(self.config, text.hidden_size, tensor_group))
         self.rotary = RotaryTable(text.hidden_size // text.attention_heads, text.rope_theta, text.rope_scaling)
         if self.part.encoder and initialise:
             initialise_vision(self.vision_tower, self.projector, config)
@@ -209,8 +213,12 @@ class VideoModel(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits [T, R, V] of one microbatch whose frames are all here (this rank's columns of V when matrices are
         split). Only for a whole model; the engine drives a part."""
+        return self.predictions(batch).logits_TRV
+
+    def predictions(self, batch: Batch) -> Predictions:
+        """`forward`, with the decision head's logits where there is one."""
         features_NPH = self.encode_frames(batch.frames_NCHW) if batch.frames else None
-        return self.decode(batch.ids_RT.T, self.layer_inputs(batch).with_features(features_NPH))
+        return self.predict(batch.ids_RT.T, self.layer_inputs(batch).with_features(features_NPH))
 
     def layer_inputs(self, batch: Batch, held: tuple[int, int] | None = None) -> LayerInputs:
         """What the layers share, without the features, which `LayerInputs.with_features` adds.
@@ -240,10 +248,19 @@ class VideoModel(nn.Module):
 
     def decode(self, ids_TR: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
         """Run the decoder: ids [T, R] to logits [T, R, V]."""
+        return self.predict(ids_TR, inputs).logits_TRV
+
+    def predict(self, ids_TR: torch.Tensor, inputs: LayerInputs) -> Predictions:
+        """`decode`, with the decision head's logits where there is one."""
         x_TRH = self.embedding(ids_TR)
         for layer in self.decoder_layers:
             x_TRH = layer(x_TRH, inputs, self.recompute)
-        return self.head(self.final_norm(x_TRH))[0]
+        return self.read_out(x_TRH)
+
+    def read_out(self, x_TRH: torch.Tensor) -> Predictions:
+        """What the heads make of the last layer's output; where they are (`part.head`)."""
+        x_TRH = self.final_norm(x_TRH)
+        return Predictions(self.head(x_TRH)[0], self.decision_head(x_TRH) if self.sizes.decision_head else None)
 
     def _own_tokens(self, x_TR1: torch.Tensor) -> torch.Tensor:
         if not self.config.sequence_parallel:

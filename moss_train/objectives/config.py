@@ -11,11 +11,13 @@ TRAINED_KINDS = tuple(kind for kind in Kind if kind is not Kind.IGNORED)
 DEFAULT_WEIGHTS = {kind.name.lower(): 1.0 for kind in TRAINED_KINDS} | {Kind.STALE.name.lower(): 0.0}
 
 NORMALISERS = ("valid", "weights")
+BALANCES = ("none", "state")
 
 
 @dataclass
 class ObjectiveConfig:
-    """L = Σ wᵢ (1−pᵢ)^γ CEᵢ / Z over the labels of the global batch."""
+    """L = Σ wᵢ (1−pᵢ)^γ CEᵢ / Z over the labels of the global batch, and two parts more: of the decision head and of
+    margins. The formulas stand in docs/objectives.md."""
 
     weights: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
     """Factor of each kind of label (text, onset, idle_silence, stop_silence, revision, stale, think); a kind that is
@@ -25,6 +27,20 @@ class ObjectiveConfig:
     reference trains; 2 is Streamo's value."""
     normaliser: str = "valid"
     """Z: "valid" counts the trained labels whatever their weight (the reference's rule); "weights" sums weights."""
+    balance: str = "none"
+    """"state" makes silences (idle and stop) and first tokens of replies weigh the same in all: each is multiplied by
+    α = (silences + starts) / (2 × how many there are of its kind), counted over the global batch (MOSS-VL)."""
+    frame_position_weight: float | None = None
+    """Multiplies every label that is predicted at a frame's anchor, whatever it is: the decision to stay silent and the
+    decision to speak alike (VideoLLM-online's stream loss weight). Null is off, as is 1.0."""
+    decision_head_weight: float | None = None
+    """Weight of the decision head's loss beside L, where the model has one (`model.decision_head`); null is 1.0. 0
+    keeps the head and does not train it. A number without such a head is refused."""
+    margin: float | None = None
+    """Experimental. By how many nats the log-probability of a revision's first new token should be above that of the
+    token that the superseded reply has there (`contrasts` of the compiler); null is off, 0 asks for "at least"."""
+    margin_weight: float = 1.0
+    """Weight of the mean shortfall of these margins beside L."""
 
     def validate(self) -> None:
         """Raise ConfigError for the first field that cannot be, with the legal values."""
@@ -39,6 +55,14 @@ class ObjectiveConfig:
             raise ConfigError(f"objective.focal_gamma={self.focal_gamma}: must be at least 0; 0 switches it off")
         if self.normaliser not in NORMALISERS:
             raise ConfigError(f"objective.normaliser={self.normaliser!r}: legal values are {', '.join(NORMALISERS)}")
+        if self.balance not in BALANCES:
+            raise ConfigError(f"objective.balance={self.balance!r}: legal values are {', '.join(BALANCES)}")
+        for name, off in (("frame_position_weight", True), ("decision_head_weight", True), ("margin", True),
+                          ("margin_weight", False)):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < float("inf"):
+                remedy = ", or null" if off else ""
+                raise ConfigError(f"objective.{name}={value}: must be a number of at least 0{remedy}")
         if all(weight == 0.0 for weight in self.weight_by_kind()[1:]):
             raise ConfigError("objective.weights: every kind has weight 0, so nothing would be trained")
 

@@ -1,6 +1,7 @@
 """Does the model speak when it should? Counts of speak/silence decisions that add up over microbatches and ranks.
 
-Shape suffixes: R rows, T tokens of a row, K selected positions, V rows of the head on this rank.
+Shape suffixes: R rows, T tokens of a row, K selected positions, V rows of the head on this rank, 2 the silence token
+and the label.
 
 A *decision* is a position whose label either starts a reply or is silence while no reply runs:
 
@@ -14,6 +15,7 @@ third question, *did it stop?*, counted apart at STOP_SILENCE labels. Everything
 """
 
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 
@@ -52,35 +54,49 @@ def reply_starts(kinds_RT: torch.Tensor, segments_RT: torch.Tensor) -> torch.Ten
     return (kinds_RT == Kind.ONSET) | ((kinds_RT == Kind.REVISION) & ~continues_RT)
 
 
-def chooses_silence(
-    logits_KV: torch.Tensor, silence_id: int, tensor_group: torch.distributed.ProcessGroup | None = None
-) -> torch.Tensor:
-    """bool [K]: greedy decoding would emit silence. With `tensor_group`, V is this rank's part of the vocabulary."""
-    largest_K = logits_KV.max(dim=-1).values
-    if tensor_group is None or tensor_group.size() == 1:
-        return logits_KV[:, silence_id] >= largest_K
-    torch.distributed.all_reduce(largest_K, op=torch.distributed.ReduceOp.MAX, group=tensor_group)
-    local_id = silence_id - tensor_group.rank() * logits_KV.shape[-1]
-    silence_K = torch.full_like(largest_K, float("-inf"))
-    if 0 <= local_id < logits_KV.shape[-1]:
-        silence_K.copy_(logits_KV[:, local_id])
-    torch.distributed.all_reduce(silence_K, op=torch.distributed.ReduceOp.MAX, group=tensor_group)
-    return silence_K >= largest_K
+class ChoiceLogits(NamedTuple):
+    """Of K positions, float32 [K] each: what greedy decoding and P(silence) depend on."""
+
+    largest_K: torch.Tensor  #: of all tokens
+    silence_K: torch.Tensor  #: of the silence token
+    label_K: torch.Tensor  #: of the label
+
+    def chooses_silence(self) -> torch.Tensor:
+        """bool [K]: greedy decoding would emit silence."""
+        return self.silence_K >= self.largest_K
+
+    def speak_probability(self, ce_K: torch.Tensor) -> torch.Tensor:
+        """1 − P(silence), float32 [K], from the labels' cross-entropies: a label's is log Σ exp minus its logit."""
+        return -torch.expm1((self.silence_K - self.label_K - ce_K).clamp_max(0.0))
 
 
 @torch.no_grad()
-def decision_counts(
+def choice_logits(
     logits_KV: torch.Tensor,
-    kinds_K: torch.Tensor,
-    starts_K: torch.Tensor,
+    labels_K: torch.Tensor,
     silence_id: int,
     tensor_group: torch.distributed.ProcessGroup | None = None,
-) -> torch.Tensor:
+) -> ChoiceLogits:
+    """With `tensor_group`, V is this rank's part of the vocabulary. Nothing of the result is a view of the logits."""
+    largest_K = logits_KV.max(dim=-1).values
+    chosen_2K = torch.stack([torch.full_like(labels_K, silence_id), labels_K])
+    if tensor_group is None or tensor_group.size() == 1:
+        return ChoiceLogits(largest_K, *logits_KV.gather(1, chosen_2K.T).T.unbind())
+    torch.distributed.all_reduce(largest_K, op=torch.distributed.ReduceOp.MAX, group=tensor_group)
+    own = logits_KV.shape[-1]
+    local_2K = chosen_2K - tensor_group.rank() * own
+    is_here_2K = (local_2K >= 0) & (local_2K < own)
+    values_2K = logits_KV.gather(1, local_2K.clamp(0, own - 1).T).T.masked_fill(~is_here_2K, float("-inf"))
+    values_2K = values_2K.contiguous()
+    torch.distributed.all_reduce(values_2K, op=torch.distributed.ReduceOp.MAX, group=tensor_group)
+    return ChoiceLogits(largest_K, *values_2K.unbind())
+
+
+def decision_counts(silent_K: torch.Tensor, kinds_K: torch.Tensor, starts_K: torch.Tensor) -> torch.Tensor:
     """int64 [len(Decision)] counts over K trained positions; sum them over microbatches and data-parallel ranks.
 
-    kinds_K: `Kind` of each label; starts_K: `reply_starts` at the same positions.
+    silent_K: the model chooses silence; kinds_K: `Kind` of each label; starts_K: `reply_starts` at the same positions.
     """
-    silent_K = chooses_silence(logits_KV.detach(), silence_id, tensor_group)
     idle_K, stop_K = kinds_K == Kind.IDLE_SILENCE, kinds_K == Kind.STOP_SILENCE
     cells = [
         starts_K & ~silent_K,

@@ -1,12 +1,16 @@
-"""The streaming loss: L = Σ wᵢ (1−pᵢ)^γ CEᵢ / Z, with Z taken over the whole global batch.
+"""The streaming loss: L = Σ wᵢ (1−pᵢ)^γ CEᵢ / Z, with Z taken over the whole global batch, and what is added to it.
 
 Shape suffixes: R rows, T tokens of a row, V rows of the head (this rank's share under tensor parallelism),
-K trained positions of the microbatch. Per-kind vectors are indexed by the value of `Kind`,
-per-source vectors by the number of the source in the blend.
+K trained positions of the microbatch, P those of them with a contrast, B bins of P(speak). Per-kind vectors are indexed
+by the value of `Kind`, per-source vectors by the number of the source in the blend.
 
-wᵢ is the data's factor times the configured weight of the label's kind. γ applies to *state* labels only: idle
-and stop silence, and the first token of a reply (`metrics.reply_starts`). A label is trained when it is not -100
-and the data gives it a positive weight; a sample masked out by the loader (weights 0) is as if it were absent.
+wᵢ is the data's factor times the configured weight of the label's kind, times `frame_position_weight` at anchors,
+times α with `balance=state`. γ and α apply to *state* labels only: idle and stop silence, and the first token of a
+reply (`metrics.reply_starts`). A label is trained when it is not -100 and the data gives it a positive weight; a sample
+masked out by the loader (weights 0) is as if it were absent.
+
+What is counted of the global batch (`labels.Total`) depends on the data alone and is known before the first forward
+pass; a microbatch's loss is a part of the global batch's, divided already.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,9 +21,14 @@ import torch
 import torch.nn.functional as F
 
 from moss_train.data.batch import Batch
+from moss_train.model.predictions import Predictions
+from moss_train.objectives.calibration import BINS, BinSum, calibration_sums
 from moss_train.objectives.config import ObjectiveConfig
-from moss_train.objectives.metrics import Decision, decision_counts, reply_starts
-from moss_train.streams.compiled import IGNORED_LABEL, Kind
+from moss_train.objectives.decision_loss import decision_loss
+from moss_train.objectives.labels import Labels, Total, labels_of, totals_of
+from moss_train.objectives.margin import margin_sums, shortfalls
+from moss_train.objectives.metrics import ChoiceLogits, Decision, choice_logits, decision_counts
+from moss_train.streams.compiled import Kind
 
 CrossEntropy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -28,13 +37,17 @@ CrossEntropy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class LossOutput:
     """One microbatch's part of the loss, and detached sums for logging that add up over microbatches and ranks."""
 
-    loss: torch.Tensor  #: float32 scalar with a graph, already divided by Z: the parts of a global batch sum to L
+    loss: torch.Tensor  #: float32 scalar with a graph, divided already: the parts of a global batch sum to its loss
     per_kind_sum: torch.Tensor  #: float64 [8], Σ CE: divide by the count for the mean CE of a kind
     per_kind_mass: torch.Tensor  #: float64 [8], Σ w (1−p)^γ CE: what each kind contributes to L before Z
     per_kind_count: torch.Tensor  #: float64 [8], trained labels
     per_source_sum: torch.Tensor  #: float64 [S], Σ CE of the labels of each source of the blend
     per_source_count: torch.Tensor  #: float64 [S], trained labels
     decisions: torch.Tensor  #: int64 [len(Decision)], zeros when the loss does not know the silence token
+    calibration: torch.Tensor  #: float64 [3, B], `calibration_sums` of the same decisions
+    head_loss: torch.Tensor  #: float64 scalar, this microbatch's part of L_d (`decision_loss`); 0 without a head
+    head_calibration: torch.Tensor  #: float64 [3, B], of the decision head; zeros without one
+    margins: torch.Tensor  #: float64 [3], `margin.margin_sums`; zeros when there is no margin
 
 
 def detached(output: LossOutput) -> LossOutput:
@@ -43,17 +56,28 @@ def detached(output: LossOutput) -> LossOutput:
 
 
 class StreamingLoss:
-    """Weighted, optionally focal cross-entropy over the labels of a microbatch.
+    """Weighted, optionally focal and balanced cross-entropy over the labels of a microbatch, the decision head's loss
+    where the model has that head, and margins.
 
-    silence_id: the id of the silence token, only needed to count decisions.
+    silence_id: the id of the silence token, only needed to measure decisions.
     sources: names of the blend's S sources, by `Batch.origins_RT`; () when the loss is not to be told apart by source.
+    anchor_id: the id of a frame's anchor, needed for `frame_position_weight` and for a decision head.
     """
 
-    def __init__(self, config: ObjectiveConfig, silence_id: int | None = None, sources: Sequence[str] = ()):
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        silence_id: int | None = None,
+        sources: Sequence[str] = (),
+        anchor_id: int | None = None,
+    ):
         config.validate()
+        if config.frame_position_weight is not None and anchor_id is None:
+            raise ValueError("objective.frame_position_weight is set, and no anchor_id was given")
         self.config = config
         self.silence_id = silence_id
         self.sources = tuple(sources)
+        self.anchor_id = anchor_id
         self.tensor_group: torch.distributed.ProcessGroup | None = None
         self._cross_entropy: CrossEntropy = partial(F.cross_entropy, reduction="none")
         self._weight_by_kind = torch.tensor(config.weight_by_kind(), dtype=torch.float32)
@@ -67,35 +91,52 @@ class StreamingLoss:
         if tensor_group.size() > 1:
             self.tensor_group, self._cross_entropy = tensor_group, cross_entropy
 
-    def normaliser(self, batch: Batch) -> torch.Tensor:
-        """This microbatch's part of Z, float64 scalar. Sum it over all microbatches and data-parallel ranks.
+    def totals(self, batch: Batch) -> torch.Tensor:
+        """This microbatch's part of what is counted of the global batch, float64 [len(Total)]. Sum it over all
+        microbatches and data-parallel ranks.
 
-        Needs the data alone, so that Z is known before the first forward pass.
+        Needs the data alone, so that Z and α are known before the first forward pass.
         """
-        trained_RT = _trained(batch)
-        if self.config.normaliser == "valid":
-            return trained_RT.sum().double()
-        return (self._weights(batch) * trained_RT).sum(dtype=torch.float64)
+        return totals_of(labels_of(batch, self.anchor_id), self._weights(batch))
 
-    def __call__(self, logits_TRV: torch.Tensor, batch: Batch, normaliser: torch.Tensor | float) -> LossOutput:
-        """The loss of this microbatch, divided by `normaliser`, the Z of the global batch.
+    def __call__(self, predictions: Predictions | torch.Tensor, batch: Batch, totals: torch.Tensor) -> LossOutput:
+        """The loss of this microbatch as a part of the global batch whose `totals` are given.
 
-        logits_TRV: float, any precision; the softmax is taken in float32. A microbatch without trained labels
-        gives 0 with a graph, so that every rank takes part in the backward pass.
+        predictions: the model's; logits [T, R, V] alone, when there is no decision head. The softmax is taken in
+        float32, whatever their precision. A microbatch without trained labels gives 0 with a graph, so that every rank
+        takes part in the backward pass.
         """
-        trained_TR = _trained(batch).T
+        if isinstance(predictions, torch.Tensor):
+            predictions = Predictions(predictions)
+        labels = labels_of(batch, self.anchor_id)
+        # Found once: each indexing by a mask would wait for the device.
+        places = labels.trained_RT.T.nonzero(as_tuple=True)
+        totals = totals.to(batch.ids_RT.device)
         # Only trained positions are lifted to float32: most positions are prompts and anchors, and the copy keeps a
         # vocabulary-parallel cross-entropy, which may work in place as megatron's does, away from the model's logits.
-        logits_KV = logits_TRV[trained_TR].float()
-        kinds_K = batch.kinds_RT.T[trained_TR].long()
-        starts_K = reply_starts(batch.kinds_RT, batch.segments_RT).T[trained_TR]
-        weights_K = self._weights(batch).T[trained_TR]
-        decisions = self._decisions(logits_KV, kinds_K, starts_K)
+        logits_KV = predictions.logits_TRV[places].float()
+        labels_K = batch.labels_RT.T[places]
+        kinds_K = batch.kinds_RT.T[places].long()
+        starts_K, silences_K = labels.starts_RT.T[places], labels.silences_RT.T[places]
+        weights_K = self._balanced(self._weights(batch).T[places], starts_K, silences_K, totals)
+        # What else is read of the logits is read before the cross-entropy.
+        choice = self._choice(logits_KV, labels_K)
+        contrasts = self._contrasts(logits_KV, batch.contrasts_RT.T[places])
 
-        ce_K = self._cross_entropy(logits_KV, batch.labels_RT.T[trained_TR])
-        mass_K = weights_K * self._focal_factor(ce_K, kinds_K, starts_K) * ce_K
-        z = torch.as_tensor(normaliser, device=mass_K.device).to(torch.float32)
+        ce_K = self._cross_entropy(logits_KV, labels_K)
+        mass_K = weights_K * self._focal_factor(ce_K, starts_K | silences_K) * ce_K
+        z = self._normaliser(totals).to(torch.float32)
         loss = mass_K.sum() / torch.where(z > 0, z, torch.ones_like(z))
+        bins = torch.zeros(len(BinSum), BINS, dtype=torch.float64, device=loss.device)
+        head_loss, head_calibration, margins = bins.new_zeros(()), bins, bins.new_zeros(3)
+        if predictions.decisions_TR is not None:
+            part, head_calibration = self._decision_loss(predictions.decisions_TR, labels, totals)
+            head_loss = part.detach().double()
+            weight = self.config.decision_head_weight
+            loss = loss + (1.0 if weight is None else weight) * part
+        if contrasts is not None:
+            part, margins = self._margin_loss(ce_K, *contrasts, totals)
+            loss = loss + self.config.margin_weight * part
 
         with torch.no_grad():
 
@@ -104,13 +145,19 @@ class StreamingLoss:
                 return zeros.index_add_(0, kinds_K, values_K.detach().double())
 
             # The last place takes what is of no source.
-            origins_K = batch.origins_RT.T[trained_TR].clamp(-1, len(self.sources))
+            origins_K = batch.origins_RT.T[places].clamp(-1, len(self.sources))
             origins_K = torch.where(origins_K < 0, len(self.sources), origins_K)
 
             def per_source(values_K: torch.Tensor) -> torch.Tensor:
                 zeros = torch.zeros(len(self.sources) + 1, dtype=torch.float64, device=values_K.device)
                 return zeros.index_add_(0, origins_K, values_K.detach().double())[:-1]
 
+            decisions = torch.zeros(len(Decision), dtype=torch.int64, device=loss.device)
+            calibration = bins
+            if choice is not None:
+                decisions = decision_counts(choice.chooses_silence(), kinds_K, starts_K)
+                decided_K = starts_K | (kinds_K == Kind.IDLE_SILENCE)
+                calibration = calibration_sums(choice.speak_probability(ce_K.detach()), starts_K, decided_K)
             return LossOutput(
                 loss=loss,
                 per_kind_sum=per_kind(ce_K),
@@ -119,25 +166,77 @@ class StreamingLoss:
                 per_source_sum=per_source(ce_K),
                 per_source_count=per_source(torch.ones_like(ce_K)),
                 decisions=decisions,
+                calibration=calibration,
+                head_loss=head_loss,
+                head_calibration=head_calibration,
+                margins=margins,
             )
 
     def _weights(self, batch: Batch) -> torch.Tensor:
+        """w of every label, without α, float32 [R, T]."""
         by_kind = self._weight_by_kind.to(batch.kinds_RT.device)
-        return batch.weights_RT * by_kind[batch.kinds_RT.long()]
+        weights_RT = batch.weights_RT * by_kind[batch.kinds_RT.long()]
+        if self.config.frame_position_weight is None:
+            return weights_RT
+        return torch.where(batch.ids_RT == self.anchor_id, self.config.frame_position_weight * weights_RT, weights_RT)
 
-    def _decisions(self, logits_KV: torch.Tensor, kinds_K: torch.Tensor, starts_K: torch.Tensor) -> torch.Tensor:
+    def _alphas(self, totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """α of silences and of first tokens of replies, float64 scalars: α_k = (n_s + n_r) / (2 n_k)."""
+        silences, starts = totals[Total.SILENCES], totals[Total.STARTS]
+        # A class without labels has no use for its α.
+        return tuple((silences + starts) / (2.0 * count.clamp_min(1.0)) for count in (silences, starts))
+
+    def _balanced(
+        self, weights_K: torch.Tensor, starts_K: torch.Tensor, silences_K: torch.Tensor, totals: torch.Tensor
+    ) -> torch.Tensor:
+        if self.config.balance == "none":
+            return weights_K
+        silence, start = (alpha.float() for alpha in self._alphas(totals))
+        alphas_K = torch.where(silences_K, silence, torch.ones_like(weights_K))
+        return weights_K * torch.where(starts_K, start, alphas_K)
+
+    def _normaliser(self, totals: torch.Tensor) -> torch.Tensor:
+        """Z, float64 scalar."""
+        if self.config.normaliser == "valid":
+            return totals[Total.LABELS]
+        silences, starts = totals[Total.WEIGHT_SILENCES], totals[Total.WEIGHT_STARTS]
+        if self.config.balance == "state":
+            silence, start = self._alphas(totals)
+            silences, starts = silence * silences, start * starts
+        return totals[Total.WEIGHT_OTHERS] + silences + starts
+
+    def _choice(self, logits_KV: torch.Tensor, labels_K: torch.Tensor) -> ChoiceLogits | None:
         if self.silence_id is None:
-            return torch.zeros(len(Decision), dtype=torch.int64, device=logits_KV.device)
-        return decision_counts(logits_KV, kinds_K, starts_K, self.silence_id, self.tensor_group)
+            return None
+        return choice_logits(logits_KV.detach(), labels_K, self.silence_id, self.tensor_group)
 
-    def _focal_factor(self, ce_K: torch.Tensor, kinds_K: torch.Tensor, starts_K: torch.Tensor) -> torch.Tensor | float:
+    def _contrasts(
+        self, logits_KV: torch.Tensor, contrasts_K: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Which of the K positions have a contrast, [P], and its cross-entropy there."""
+        if self.config.margin is None:
+            return None
+        places_P = (contrasts_K >= 0).nonzero()[:, 0]
+        return places_P, self._cross_entropy(logits_KV[places_P], contrasts_K[places_P].long())
+
+    def _margin_loss(
+        self, ce_K: torch.Tensor, places_P: torch.Tensor, contrast_ce_P: torch.Tensor, totals: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.config.margin is not None
+        ce_P = ce_K[places_P]
+        short_P = shortfalls(ce_P, contrast_ce_P, self.config.margin)
+        return short_P.sum() / totals[Total.CONTRASTS].clamp_min(1.0).float(), margin_sums(ce_P, contrast_ce_P, short_P)
+
+    def _decision_loss(
+        self, decisions_TR: torch.Tensor, labels: Labels, totals: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.anchor_id is None:
+            raise ValueError("the model has a decision head, and the loss was given no anchor_id")
+        return decision_loss(decisions_TR, labels, totals)
+
+    def _focal_factor(self, ce_K: torch.Tensor, state_K: torch.Tensor) -> torch.Tensor | float:
         if self.config.focal_gamma == 0.0:
             return 1.0
-        state_K = starts_K | (kinds_K == Kind.IDLE_SILENCE) | (kinds_K == Kind.STOP_SILENCE)
         # 1−p = −expm1(−CE) keeps its digits when p is near 1; the floor keeps the gradient finite there for γ < 1.
         uncertainty_K = (-torch.expm1(-ce_K)).clamp_min(torch.finfo(torch.float32).tiny)
         return torch.where(state_K, uncertainty_K, torch.ones_like(uncertainty_K)) ** self.config.focal_gamma
-
-
-def _trained(batch: Batch) -> torch.Tensor:
-    return (batch.labels_RT != IGNORED_LABEL) & (batch.weights_RT > 0)

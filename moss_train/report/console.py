@@ -15,6 +15,17 @@ _KINDS = {"text": "text", "onset": "onset", "idle_silence": "idle", "stop_silenc
 
 _MUCH_WAITING = 0.1  # share of a step spent waiting for data from which it is worth a look
 
+#: what is shown of an evaluation, which measures some hundred figures; all are in the metrics file
+_HEADLINES = (
+    "speak_f1",
+    "silence_f1",
+    "answer_accuracy",
+    "revision_accuracy",
+    "false_revision_rate",
+    "teacher_forced/lm_ppl",
+    "offline_accuracy",
+)
+
 
 class ConsoleSink:
     """Prints rows: where the stage stands, its loss, its speed, and when it will be done."""
@@ -31,7 +42,8 @@ class ConsoleSink:
 
     def write(self, row: MetricsRow) -> None:
         metrics = row.metrics
-        held_out = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
+        measured = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
+        held_out = {name: measured[name] for name in _HEADLINES if name in measured} or measured
         if held_out:
             figures = "  ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in held_out.items())
             self._print(Text.assemble((f"{row.stage:<9}", "cyan"), ("held out  ", "magenta"), figures))

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from moss_train.report.metrics_file import MetricsRow
 from moss_train.report.palette import GRID, INK, KIND_COLOURS, MUTED, STAGE_COLOURS
 
+STYLE = {"font.family": "DejaVu Sans", "font.size": 9, "svg.fonttype": "path"}
 KIND_TITLES = {
     "text": "text",
     "onset": "onset",
@@ -28,7 +29,7 @@ def loss_curves(rows: Sequence[MetricsRow]) -> str:
     stages = list(dict.fromkeys(row.stage for row in rows if "loss" in row.metrics))
     if not stages:
         return ""
-    with plt.rc_context({"font.family": "DejaVu Sans", "font.size": 9, "svg.fonttype": "path"}):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(stages), figsize=(3.1 * len(stages) + 0.4, 2.9), squeeze=False)
         for index, (stage, axis) in enumerate(zip(stages, axes[0], strict=True)):
             _draw_stage(
@@ -37,11 +38,25 @@ def loss_curves(rows: Sequence[MetricsRow]) -> str:
             if index == 0:
                 axis.set_ylabel("loss", color=MUTED)
         figure.tight_layout(w_pad=1.5)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True)
-        plt.close(figure)
+        return svg_of(figure)
+
+
+def svg_of(figure) -> str:
+    """The figure as an SVG element, closed."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True)
+    plt.close(figure)
     svg = text.getvalue()
     return svg[svg.index("<svg") :]
+
+
+def plain_axis(axis) -> None:
+    """A light grid, and no frame."""
+    axis.grid(color=GRID, linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.tick_params(which="both", colors=MUTED, length=0)
+    for side in ("top", "right", "left", "bottom"):
+        axis.spines[side].set_visible(False)
 
 
 def _draw_stage(axis, stage: str, rows: Sequence[MetricsRow], colour: str) -> None:
@@ -59,11 +74,7 @@ def _draw_stage(axis, stage: str, rows: Sequence[MetricsRow], colour: str) -> No
     axis.set_title(stage, color=INK, fontsize=11, fontweight="bold", loc="left")
     axis.set_xlabel("step", color=MUTED)
     axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-    axis.grid(color=GRID, linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.tick_params(which="both", colors=MUTED, length=0)
-    for side in ("top", "right", "left", "bottom"):
-        axis.spines[side].set_visible(False)
+    plain_axis(axis)
     if len(axis.get_lines()) > 2:
         axis.legend(frameon=False, fontsize=7.5, labelcolor=MUTED, loc="upper left", bbox_to_anchor=(1, 1))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moss_train.redact import redact
+from moss_train.report.calibration import calibration_curves
 from moss_train.report.curves import loss_curves
 from moss_train.report.metrics_file import MetricsRow, finite_or_none
 from moss_train.report.palette import GRID, INK, MUTED
@@ -39,7 +40,7 @@ def write_html(
     Args:
         report: the verdict and its figures.
         requirements: what was asked, shown beside the figures.
-        rows: metrics of all stages; the loss curves are drawn from them.
+        rows: metrics of all stages; the curves of loss and calibration are drawn from them.
         streams: the HTML of evaluated streams, see `stream_view.stream_views`.
         facts: short things to say about the run, name → value.
         settings: the resolved configuration; secrets are hidden.
@@ -48,6 +49,9 @@ def write_html(
     curves = _themed(loss_curves(rows))
     if curves:
         body += ["<h2>Training loss</h2>", f'<section class="curves">{curves}</section>']
+    calibration = _themed(calibration_curves(rows))
+    if calibration:
+        body += ["<h2>Calibration of speaking</h2>", f'<section class="curves calibration">{calibration}</section>']
     if streams:
         body += ["<h2>What the model says, and when</h2>", legend(), *streams]
     if settings:

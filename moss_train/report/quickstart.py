@@ -27,6 +27,7 @@ FIGURES: dict[str, str] = {
     "revision_delay_frames": "revision delay, frames",
     "false_revision_rate": "false revisions",
     "stale_rate": "stale answers",
+    "offline_accuracy": "offline accuracy",
 }
 COUNTS: dict[str, str] = {
     "n_streams": "streams",

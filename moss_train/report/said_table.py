@@ -112,7 +112,7 @@ def _lag(transcript: StreamTranscript, finding: Finding, side: str) -> str:
 
 def _spent_s(transcript: StreamTranscript, slot: int) -> float | None:
     """Seconds of the wall clock from the slot's event to the first word out, of a stream that was live."""
-    emitted_s = getattr(transcript.slots[slot], "emitted_s", None)
+    emitted_s = transcript.slots[slot].emitted_s
     return None if emitted_s is None else emitted_s - transcript.slots[slot].time_s
 
 

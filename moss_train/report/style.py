@@ -31,6 +31,7 @@ thead th {{ color: var(--muted); font-weight: 600; font-size: .86rem; }}
 tr.counts td, td.required {{ color: var(--muted); }}
 td.main {{ font-weight: 650; }} td.reached {{ color: var(--good); }} td.missed {{ color: var(--error); }}
 .curves svg {{ width: 100%; height: auto; display: block; }}
+.calibration svg {{ max-width: 38rem; }}
 .legend {{ color: var(--muted); margin: 0 0 .9rem; display: flex; flex-wrap: wrap;
   gap: .35rem 1.2rem; font-size: .9rem; }}
 .chip {{ display: inline-block; width: 1.5em; height: .95em; border-radius: 4px; vertical-align: -.1em;

@@ -40,12 +40,16 @@ class Slot:
     """What stands after one anchor (or, with `frame = -1`, after the header of an assistant turn)."""
 
     frame: int  #: index of the anchor's frame in `frames`; -1 for the slot that opens a turn
-    position: int  #: index t of the token whose prediction is this slot's decision
+    position: int  #: index t of the token whose prediction is this slot's decision; behind the slot's think units
     time_s: float  #: arrival time of the frame; for `frame = -1` the time of the user turn (0.0 for the first)
     state: str  #: "silence", "speak" (a reply starts), "continue" (a running reply goes on) or "unknown"
     text: str  #: the text said in this slot, without special tokens; "" when silent
     ends: bool  #: True when the reply is complete in this slot (a stop silence follows the text)
     event_id: str | None  #: the reply's event, None when silent
+    #: why its silence is not like others: "confirm" (something changes, the answer holds), "stale" (the answer is
+    #: wrong), "unknown" (not known to be right), "blocked" (its frame arrived during a reply), "thinned" (left out by
+    #: `keep_silence`); "" otherwise
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class CompiledStream:
 
     `labels[t]` is the token that position t must predict: the next-token shift is already applied, so
     labels never cross a stream when rows are packed. `labels[t] == IGNORED_LABEL` iff `kinds[t] == 0`.
+    `weights[t]` is above 0 iff the label is trained.
     `visible_lo/hi[t]` are the half-open range of this stream's frames that token t may attend to;
     frames below `sinks` are visible too as soon as they have arrived (are below `visible_hi`).
     Of this stream's tokens, token t may attend to `text_lo[t]` to t and to the first `text_sinks`.

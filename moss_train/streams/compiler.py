@@ -21,6 +21,7 @@ from moss_train.streams.media import (
 )
 from moss_train.streams.row import RowWriter
 from moss_train.streams.schema import CaptionSample, ConversationSample, Media, OfflineSampling, Sample, StreamSample
+from moss_train.streams.sight import Sight
 from moss_train.streams.stream_rows import plan_stream, write_stream
 from moss_train.streams.template import TurnTemplate
 from moss_train.streams.tokenizer import StreamTokenizer
@@ -33,15 +34,19 @@ def compile_sample(
     config: CompilerConfig,
     rng: np.random.Generator | None = None,
     jitter: Sequence[bool] | None = None,
+    variation: int | None = None,
 ) -> CompiledStream:
     """The row of one sample. `media` maps media ids to what the index knows of them.
 
-    `rng` draws the augmentations (arrival jitter); None means none. `jitter`, one decision a frame, replaces
-    the drawn ones. Raises SampleError when the sample does not fit its media or the configuration.
+    `rng` draws the augmentations that leave its length alone (windows, arrival jitter, silences); None means none.
+    `jitter`, one decision a frame (one token early or not), replaces the drawn ones. `variation` is the seed of those
+    that change what is said (`augment.py`). Raises SampleError when the sample does not fit its media or the
+    configuration.
     """
     check_known(sample, media)
     if isinstance(sample, StreamSample):
-        plan = plan_stream(sample, media[sample.media[0].id], tokenizer, config, config.max_frames, rng, jitter)
+        info = media[sample.media[0].id]
+        plan = plan_stream(sample, info, tokenizer, config, config.max_frames, rng, jitter, variation)
         return write_stream(plan)
     row = RowWriter(tokenizer)
     frames = _offline_frames(sample, media, config)
@@ -52,7 +57,7 @@ def compile_sample(
         _write_conversation(row, sample, frames, tokenizer, config)
         kind = "conversation"
     requests = tuple(request for of_medium in frames for request in of_medium)
-    return row.compiled(sample.key, kind, requests, config)
+    return row.compiled(sample.key, kind, requests, config, Sight.of(config, rng))
 
 
 def check_known(sample: Sample, media: dict[str, MediaInfo]) -> None:

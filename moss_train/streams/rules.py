@@ -9,7 +9,16 @@ from pydantic_core import PydanticCustomError
 from moss_train.streams.media import PLACEHOLDERS, SAME_MOMENT_S, VIDEO_EXTENSIONS
 
 if TYPE_CHECKING:
-    from moss_train.streams.schema import CaptionSample, ConversationSample, Media, OfflineSampling, Reply, StreamSample
+    from moss_train.streams.schema import (
+        CaptionSample,
+        Confirm,
+        ConversationSample,
+        Media,
+        OfflineSampling,
+        Reply,
+        StreamSample,
+        Thought,
+    )
 
 
 def path_text(parts: Iterable[str | int]) -> str:
@@ -128,6 +137,7 @@ def check_stream(sample: "StreamSample") -> None:
         fail(("sampling", "start_s"), f"{start_s} is not inside the video of {duration_s} s")
 
     seen: dict[str, tuple[int, str]] = {}
+    superseded: dict[str, int] = {}  # reply → the event that replaces it
     previous_t = start_s
     running: tuple[int, float] | None = None  # index and last known emission time of the reply that may still run
     for index, event in enumerate(sample.events):
@@ -148,6 +158,12 @@ def check_stream(sample: "StreamSample") -> None:
                 fail((*path, "kind"), 'silence intervals need "silence": "explicit"; set it or drop the event')
             if not event.t < event.t_end <= end_s:
                 fail((*path, "t_end"), f"{event.t_end} must lie in ({event.t}, {end_s}]; mend the interval")
+        elif event.kind in ("confirm", "think"):
+            _check_seen(sample, path, event)
+            if event.kind == "confirm":
+                _check_confirmed(path, event.confirms, seen, superseded)
+            elif event.text and not event.text.strip():
+                fail((*path, "text"), 'is blank; write what is thought, or "" for nothing to note')
         else:
             if running is not None and event.t <= running[1] + SAME_MOMENT_S:
                 fail(
@@ -157,6 +173,8 @@ def check_stream(sample: "StreamSample") -> None:
             # what is said before the first frame is over when that frame arrives, at the very same time
             said_before_frames = event.evidence == [] and last_t <= start_s + SAME_MOMENT_S
             running = None if said_before_frames else (index, last_t)
+            if event.supersedes is not None:
+                superseded[event.supersedes] = index
         seen[event.id] = (index, "user" if event.role == "user" else event.kind)
 
 
@@ -193,6 +211,25 @@ def _check_reply(sample: "StreamSample", path: tuple, event: "Reply", seen: dict
         if event.kind != "revise":
             fail((*path, "supersedes"), "only kind revise supersedes a reply; set the kind or drop the field")
     return last_t
+
+
+def _check_seen(sample: "StreamSample", path: tuple, event: "Confirm | Thought") -> None:
+    """What the event rests on has been seen by then."""
+    if event.evidence is None:
+        return
+    if event.evidence[0] > event.evidence[1]:
+        fail((*path, "evidence"), f"{event.evidence} is no interval; write [from, to]")
+    if event.t < event.evidence[1]:
+        fail((*path, "t"), f"{event.t} is before its evidence {event.evidence} is complete; move it there")
+    if event.evidence[0] < sample.sampling.start_s:
+        fail((*path, "evidence"), f"starts before the sampling range ({sample.sampling.start_s}); it is never shown")
+
+
+def _check_confirmed(path: tuple, reply: str, seen: dict[str, tuple[int, str]], superseded: dict[str, int]) -> None:
+    if seen.get(reply, (-1, ""))[1] not in ("speak", "revise"):
+        fail((*path, "confirms"), f"{reply!r} is no earlier reply; it must point back to one")
+    if reply in superseded:
+        fail((*path, "confirms"), f"{reply!r} was replaced by events[{superseded[reply]}]; confirm what still stands")
 
 
 def _check_exact_times(sample: "StreamSample", path: tuple, event: "Reply") -> float:

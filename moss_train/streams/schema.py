@@ -114,20 +114,50 @@ class SilenceInterval(Strict):
     kind: Literal["silence"]
 
 
+class Confirm(Strict):
+    """Something changes at `t` and the standing answer still holds: silence is known to be right then."""
+
+    id: Name
+    t: Seconds
+    role: Literal["assistant"]
+    kind: Literal["confirm"]
+    confirms: Name
+    """Id of the earlier reply that still holds; not one that was replaced before."""
+    evidence: Annotated[list[Seconds], Field(min_length=2, max_length=2)] | None = None
+    """[from, to], when the video shows the change."""
+
+
+class Thought(Strict):
+    """A think unit: what the assistant notes for itself at the first frame from `t` on. It is never heard."""
+
+    id: Name
+    t: Seconds
+    role: Literal["assistant"]
+    kind: Literal["think"]
+    text: str
+    """"" = nothing to note: the tokenizer's skip token stands there."""
+    evidence: Annotated[list[Seconds], Field(min_length=2, max_length=2)] | None = None
+    """[from, to], when the video shows what it notes."""
+    train: bool = True
+    """False: stays in the row, but nothing of it is trained."""
+
+
 def _event_tag(value: Any) -> str | None:
     role = value.get("role") if isinstance(value, dict) else getattr(value, "role", None)
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
     if role == "user":
         return "<user>"
     if role == "assistant":
-        return "<silence>" if kind == "silence" else "<reply>"
+        return f"<{kind}>" if kind in ("silence", "confirm", "think") else "<reply>"
     return None
 
 
 Event = Annotated[
     Annotated[UserEvent, Tag("<user>")]
     | Annotated[Reply, Tag("<reply>")]
-    | Annotated[SilenceInterval, Tag("<silence>")],
+    | Annotated[SilenceInterval, Tag("<silence>")]
+    | Annotated[Confirm, Tag("<confirm>")]
+    | Annotated[Thought, Tag("<think>")],
     Discriminator(
         _event_tag,
         custom_error_type="event_role",

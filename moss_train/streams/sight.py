@@ -39,9 +39,18 @@ class Sight:
     positions: str = "shared"
 
     @staticmethod
-    def of(config: Any) -> "Sight":
-        """The sight of a stream compiled with a `CompilerConfig`, where nothing is drawn at random."""
-        return Sight(config.window, config.sinks, config.text_window, config.text_sinks, config.positions)
+    def of(config: Any, rng: np.random.Generator | None = None) -> "Sight":
+        """The sight of a stream compiled with a `CompilerConfig`; `rng` draws what has a range in its `augment`."""
+
+        def value(name: str, limits: list[int] | None) -> int | None:
+            if limits is None or rng is None:
+                return getattr(config, name)
+            return int(rng.integers(limits[0], limits[1], endpoint=True))
+
+        ranges = config.augment
+        window, sinks = value("window", ranges.window_range), value("sinks", ranges.sink_range)
+        text_window = value("text_window", ranges.text_window_range)
+        return Sight(window, sinks, text_window, value("text_sinks", ranges.text_sink_range), config.positions)
 
     def places(self, is_anchor_T: np.ndarray, tokens_before: int = 0, frames_before: int = 0) -> Places:
         """The places of tokens that follow `tokens_before` tokens, `frames_before` of them anchors."""

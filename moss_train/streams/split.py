@@ -64,16 +64,40 @@ def compile_parts(
     config: CompilerConfig,
     budget: RowBudget | None,
     rng: np.random.Generator | None = None,
+    variation: int | None = None,
 ) -> list[CompiledStream]:
     """The parts of a sample, in order; `[compile_sample(...)]` without a budget or where the whole fits it.
 
-    Samples of other kinds are returned whole whether they fit or not. Raises SampleError as `compile_sample` does
-    (but not for a stream that is longer than `compiler.max_frames`), and where one slot alone exceeds the budget.
+    Samples of other kinds are returned whole whether they fit or not. `variation` as for `compile_sample`; where the
+    varied stream cannot be cut in as many parts as the sample itself, the sample itself is compiled. Raises SampleError
+    as `compile_sample` does (but not for a stream that is longer than `compiler.max_frames`), and where one slot alone
+    exceeds the budget.
     """
     if budget is None or not isinstance(sample, StreamSample):
-        return [compile_sample(sample, media, tokenizer, config, rng)]
+        return [compile_sample(sample, media, tokenizer, config, rng, variation=variation)]
     check_known(sample, media)
-    plan = plan_stream(sample, media[sample.media[0].id], tokenizer, config, MAX_SAMPLE_FRAMES, rng)
+    if variation is not None:
+        plain = _cut_parts(sample, media, tokenizer, config, budget)
+        try:
+            varied = _cut_parts(sample, media, tokenizer, config, budget, variation=variation)
+        except SampleError:
+            varied = []
+        if len(varied) != len(plain):
+            variation = None
+    return _cut_parts(sample, media, tokenizer, config, budget, rng, variation)
+
+
+def _cut_parts(
+    sample: StreamSample,
+    media: dict[str, MediaInfo],
+    tokenizer: StreamTokenizer,
+    config: CompilerConfig,
+    budget: RowBudget,
+    rng: np.random.Generator | None = None,
+    variation: int | None = None,
+) -> list[CompiledStream]:
+    info = media[sample.media[0].id]
+    plan = plan_stream(sample, info, tokenizer, config, MAX_SAMPLE_FRAMES, rng, variation=variation)
     budget = RowBudget(budget.max_tokens, min(budget.max_frames, config.max_frames))
     blocks = _blocks(plan)
     whole = len(plan.prefix) + sum(block.tokens for block in blocks)

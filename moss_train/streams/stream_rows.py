@@ -9,12 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from moss_train.errors import SampleError
+from moss_train.streams.augment import augment_stream
 from moss_train.streams.compiled import CompiledStream, FrameRequest, Kind, Slot
 from moss_train.streams.config import CompilerConfig
-from moss_train.streams.jitter import draw_decisions
+from moss_train.streams.contrasts import Contrast, find_contrasts
+from moss_train.streams.jitter import draw_shifts
 from moss_train.streams.media import MediaInfo, stream_frame_count, stream_frame_times
 from moss_train.streams.row import RowWriter
 from moss_train.streams.schema import StreamSample
+from moss_train.streams.sight import Sight
+from moss_train.streams.silence import Interval, thin_out
 from moss_train.streams.template import TurnTemplate
 from moss_train.streams.timeline import Piece, TimelineSlot, build_timeline
 from moss_train.streams.tokenizer import StreamTokenizer
@@ -34,7 +38,9 @@ class StreamPlan:
     prefix: list[int]  #: begin of text and the system turn
     arrivals: list[float]  #: seconds, one a frame
     timeline: list[TimelineSlot]
-    early: list[bool]  #: one a frame: it arrives one token early where the jitter's rule allows
+    shifts: list[int]  #: one a frame: by how many tokens it moves where the jitter's rule allows
+    sight: Sight
+    contrasts: dict[str, Contrast]  #: of revisions, by event
 
 
 def plan_stream(
@@ -45,10 +51,27 @@ def plan_stream(
     max_frames: int,
     rng: np.random.Generator | None = None,
     jitter: Sequence[bool] | None = None,
+    variation: int | None = None,
 ) -> StreamPlan:
-    """Places every event of the sample; SampleError when it does not fit its video, itself or `max_frames`."""
+    """Places every event of the sample; SampleError when it does not fit its video, itself or `max_frames`.
+
+    `rng` draws windows, jitter and silences; `variation` seeds what else is said than the sample says (`augment.py`).
+    """
     arrivals = _arrivals(sample, info, config, max_frames)
     template = TurnTemplate(tokenizer)
+    stale: Sequence[Interval] = ()
+    if variation is not None:
+        varied = augment_stream(sample, arrivals, config, tokenizer, np.random.Generator(np.random.PCG64(variation)))
+        sample, stale = varied.sample, varied.stale
+    timeline = build_timeline(sample, arrivals, config, tokenizer, stale)
+    sight = Sight.of(config, rng)
+    if rng is not None and config.augment.keep_silence < 1.0:
+        # from a generator of its own: neither it nor the jitter, which draw more where there are more frames, shifts
+        # what the other draws
+        thin_out(timeline, config.augment, np.random.Generator(np.random.PCG64(int(rng.integers(2**63)))))
+    shifts = [-int(early) for early in jitter or ()]
+    if jitter is None:
+        shifts = draw_shifts(len(arrivals), config.jitter_probability, config.jitter_shifts, rng)
     return StreamPlan(
         sample=sample,
         tokenizer=tokenizer,
@@ -56,8 +79,10 @@ def plan_stream(
         template=template,
         prefix=template.system_prefix(sample.system),
         arrivals=arrivals,
-        timeline=build_timeline(sample, arrivals, config, tokenizer),
-        early=draw_decisions(len(arrivals), config.jitter_probability, rng) if jitter is None else list(jitter),
+        timeline=timeline,
+        shifts=shifts,
+        sight=sight,
+        contrasts=find_contrasts(sample, timeline, tokenizer),
     )
 
 
@@ -72,26 +97,34 @@ def write_stream(
     timeline = plan.timeline[first:end]
     row = RowWriter(plan.tokenizer)
     row.untrained([*plan.prefix, *context])
-    decisions: list[int] = []  # position of the token that predicts each slot, headers only
+    decisions: list[int] = []  # position of the token that predicts each slot, as long as no frame is moved
     for index, slot in enumerate(timeline, start=first):
-        row.untrained(opening_ids(plan, slot, index))
+        opening = opening_ids(plan, slot, index)
+        if index and slot.opens_turn:
+            row.trained(opening[:1], _turn_end_kind(plan, index - 1))
+            opening = opening[1:]
+        row.untrained(opening)
+        for thought in slot.thoughts:
+            row.trained(thought.ids, Kind.THINK if thought.event.train else Kind.IGNORED)
         decisions.append(len(row.ids) - 1)
-        _write_slot(row, slot, plan.tokenizer)
+        _write_slot(row, slot, plan)
     if end == len(plan.timeline):
-        row.untrained(plan.template.close_turn())  # the turn's end is external: it is never trained in a stream
+        row.trained(plan.template.close_turn(), _turn_end_kind(plan, end - 1))
 
     frames = [slot.frame for slot in timeline if slot.frame >= 0]
-    early = [plan.early[frame] for frame in frames]
+    # a frame that is thought about is not seen before what comes to mind
+    shifts = [0 if slot.thoughts else plan.shifts[slot.frame] for slot in timeline if slot.frame >= 0]
     if first:
-        early[0] = False  # the token before it belongs to the part before
-    row.jitter(early)
+        shifts[0] = 0  # the token before it belongs to the part before
+    row.jitter(shifts)
     anchors = [position for position, token in enumerate(row.ids) if token == plan.tokenizer.special.anchor]
     positions = [
-        anchors[slot.frame - frames[0]] if slot.frame >= 0 else at for slot, at in zip(timeline, decisions, strict=True)
+        at if slot.frame < 0 or slot.thoughts else anchors[slot.frame - frames[0]]
+        for slot, at in zip(timeline, decisions, strict=True)
     ]
     requests = tuple(FrameRequest(plan.sample.media[0].id, plan.arrivals[frame]) for frame in frames)
     slots = _describe_slots(row, timeline, positions, plan.tokenizer, frames[0] if frames else 0)
-    return row.compiled(plan.sample.key, "stream", requests, plan.config, slots, part)
+    return row.compiled(plan.sample.key, "stream", requests, plan.config, plan.sight, slots, part)
 
 
 def opening_ids(plan: StreamPlan, slot: TimelineSlot, index: int) -> list[int]:
@@ -103,8 +136,9 @@ def opening_ids(plan: StreamPlan, slot: TimelineSlot, index: int) -> list[int]:
 
 
 def said_length(slot: TimelineSlot) -> int:
-    """Tokens that a slot says, its silence included."""
-    return 1 if slot.piece is None else len(slot.piece.ids) + slot.piece.stops
+    """Tokens that a slot thinks and says, its silence included."""
+    thought = sum(len(unit.ids) for unit in slot.thoughts)
+    return thought + (1 if slot.piece is None else len(slot.piece.ids) + slot.piece.stops)
 
 
 def _arrivals(sample: StreamSample, info: MediaInfo, config: CompilerConfig, max_frames: int) -> list[float]:
@@ -128,18 +162,51 @@ def _arrivals(sample: StreamSample, info: MediaInfo, config: CompilerConfig, max
     return arrivals
 
 
-def _write_slot(row: RowWriter, slot: TimelineSlot, tokenizer: StreamTokenizer) -> None:
-    silence = [tokenizer.special.silence]
+def _turn_end_kind(plan: StreamPlan, index: int) -> Kind:
+    """What the end of a turn teaches whose last slot is `index`: nothing inside a reply, which the user has cut."""
+    piece = plan.timeline[index].piece
+    cut = piece is not None and not piece.stops
+    return Kind.TEXT if plan.config.train_turn_end_streams and not cut else Kind.IGNORED
+
+
+def _write_slot(row: RowWriter, slot: TimelineSlot, plan: StreamPlan) -> None:
+    silence = [plan.tokenizer.special.silence]
     piece = slot.piece
     if piece is None:
         kind = Kind.STALE if slot.stale else Kind.IDLE_SILENCE
-        row.trained(silence, kind if slot.taught else Kind.IGNORED)
+        weight = plan.config.confirmation_weight if slot.confirms and not slot.stale else 1.0
+        row.trained(silence, kind if _note(slot) not in UNTRAINED_NOTES else Kind.IGNORED, weight)
         return
+    begin = len(row.ids)
     first, rest = _reply_kinds(piece)
     row.trained(piece.ids[:1], first)
     row.trained(piece.ids[1:], rest)
     if piece.stops:
         row.trained(silence, Kind.STOP_SILENCE if piece.event.train else Kind.IGNORED)
+    contrast = plan.contrasts.get(piece.event.id)
+    if contrast is not None and not piece.event.stale:
+        place = contrast.place - piece.offset
+        if 0 <= place < len(piece.ids) or (place == len(piece.ids) and piece.stops and contrast.ends):
+            row.contrasts[begin + place] = contrast.token
+
+
+#: notes of slots whose silence is not trained
+UNTRAINED_NOTES = ("unknown", "blocked", "thinned")
+
+
+def _note(slot: TimelineSlot) -> str:
+    """`Slot.note`: what is special about the silence of a slot."""
+    if slot.piece is not None:
+        return ""
+    if not slot.decides:
+        return "blocked"
+    if not slot.taught:
+        return "unknown"
+    if slot.stale:
+        return "stale"
+    if slot.confirms:
+        return "confirm"
+    return "thinned" if slot.thinned else ""
 
 
 def _reply_kinds(piece: Piece) -> tuple[Kind, Kind]:
@@ -168,7 +235,7 @@ def _describe_slots(
         if slot.piece is not None and said:
             state = "speak" if slot.piece.starts else "continue"
         else:  # a jittered frame may have taken a slot's only token
-            state = "silence" if slot.piece is None and slot.taught and not slot.stale else "unknown"
+            state = "silence" if slot.piece is None and _note(slot) in ("", "confirm", "thinned") else "unknown"
         slots.append(
             Slot(
                 frame=slot.frame - first_frame if slot.frame >= 0 else -1,
@@ -178,6 +245,7 @@ def _describe_slots(
                 text=tokenizer.decode(said) if said else "",
                 ends=slot.piece is not None and slot.piece.stops,
                 event_id=slot.piece.event.id if slot.piece is not None else None,
+                note=_note(slot),
             )
         )
     return tuple(slots)

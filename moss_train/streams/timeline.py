@@ -5,13 +5,14 @@ to that of the next slot. Nothing here knows labels or rows; `compiler.py` write
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from moss_train.errors import SampleError
+from moss_train.errors import ConfigError, SampleError
 from moss_train.streams.config import CompilerConfig
 from moss_train.streams.media import SAME_MOMENT_S
-from moss_train.streams.schema import Reply, SilenceInterval, StreamSample, UserEvent
+from moss_train.streams.schema import Reply, StreamSample, Thought, UserEvent
+from moss_train.streams.silence import Interval, mark_silence
 from moss_train.streams.tokenizer import StreamTokenizer
 
 
@@ -23,6 +24,15 @@ class Piece:
     ids: list[int]
     starts: bool  #: the reply begins here, or goes on here after a pause
     stops: bool  #: a silence ends the reply (or its part before a pause) in this slot
+    offset: int = 0  #: ids of the reply said in earlier slots
+
+
+@dataclass
+class ThinkUnit:
+    """A thought that stands in a slot, its marks included."""
+
+    event: Thought
+    ids: list[int]
 
 
 @dataclass
@@ -35,8 +45,12 @@ class TimelineSlot:
     opens_turn: bool  #: it follows an assistant header
     question: UserEvent | None = None  #: what the user said before that header; None: an empty opening turn
     piece: Piece | None = None
+    thoughts: list[ThinkUnit] = field(default_factory=list)  #: before anything is said
     taught: bool = True  #: if it is silence: known to be right
     stale: bool = False  #: if it is silence: the standing answer is known to be wrong
+    confirms: bool = False  #: if it is silence: something changes and the standing answer holds
+    thinned: bool = False  #: if it is silence: left untrained by `keep_silence`
+    decides: bool = True  #: False: its frame came to be seen when it was too late to decide anything there
 
 
 @dataclass
@@ -48,11 +62,16 @@ class _Emission:
 
 
 def build_timeline(
-    sample: StreamSample, arrivals: list[float], config: CompilerConfig, tokenizer: StreamTokenizer
+    sample: StreamSample,
+    arrivals: list[float],
+    config: CompilerConfig,
+    tokenizer: StreamTokenizer,
+    stale: Sequence[Interval] = (),
 ) -> list[TimelineSlot]:
     """The slots of a stream whose frames arrive at `arrivals` (seconds, ascending), each with what it holds.
 
-    Raises SampleError when a reply has no slot to start in, or starts while another still runs.
+    In the intervals `stale` silence is known to be wrong. Raises SampleError when a reply has no slot to start in, or
+    starts while another still runs, ConfigError for think units and a tokenizer without their marks.
     """
     table = _open_slots(sample, arrivals)
     slots = table.slots
@@ -72,8 +91,48 @@ def build_timeline(
                     "move it, shorten the earlier one, or raise compiler.tokens_per_second",
                 )
             last_taken = (_place(sample, index, event, start, table, config, tokenizer), event)
-    _mark_silence(sample, slots, config)
+        elif isinstance(event, Thought) and config.think == "keep":
+            slot = table.first_from(event.t)
+            if slot is None:
+                fault = f"no frame arrives at or after {event.t} s; move it to an earlier frame"
+                raise SampleError(sample.key, f"events[{index}].t: {fault}")
+            slots[slot].thoughts.append(ThinkUnit(event, _think_ids(sample, event, tokenizer)))
+    if config.perceive == "blocked":
+        _say_at_once(slots)
+    mark_silence(sample, slots, config, stale)
     return slots
+
+
+def _think_ids(sample: StreamSample, event: Thought, tokenizer: StreamTokenizer) -> list[int]:
+    special = tokenizer.special
+    said = tokenizer.encode(event.text) if event.text else [special.skip]
+    ids = [special.think_start, *said, special.think_end]
+    if None in ids:
+        role = "skip" if None not in (special.think_start, special.think_end) else "think_start and think_end"
+        raise ConfigError(
+            f"sample {sample.key!r} holds think units, and no token of the tokenizer plays the role {role}: set "
+            "tokenizer.think_tokens=true, or name tokens in tokenizer.special_ids, or compiler.think=drop"
+        )
+    return [int(token) for token in ids if token is not None]
+
+
+def _say_at_once(slots: list[TimelineSlot]) -> None:
+    """No new frames during a reply: all of it is said in its first slot, and the frames that arrive meanwhile come
+    after it. Only at the last of them can be decided anew, and only if the reply was said to its end: when the user
+    cut it, none of them was looked at in time."""
+    first = 0
+    while first < len(slots):
+        piece, end = slots[first].piece, first + 1
+        while piece is not None and end < len(slots):
+            more = slots[end].piece
+            if more is None or more.starts:
+                break
+            piece.ids, piece.stops = [*piece.ids, *more.ids], more.stops
+            slots[end].piece, slots[end].decides = None, False
+            end += 1
+        if piece is not None and piece.stops and end > first + 1:
+            slots[end - 1].decides = True
+        first = end
 
 
 @dataclass(frozen=True)
@@ -178,10 +237,13 @@ def _place(
             "cuts it",
         )
     occupied = {slot for slot, _ in emission.parts}
+    offset = 0
     for slot, ids in emission.parts:
         goes_on = slot + 1 in occupied
         cut_here = slot == limit and (emission.cut or not reply.complete)
-        slots[slot].piece = Piece(reply, ids, starts=slot - 1 not in occupied, stops=not (goes_on or cut_here))
+        stops = not (goes_on or cut_here)
+        slots[slot].piece = Piece(reply, ids, starts=slot - 1 not in occupied, stops=stops, offset=offset)
+        offset += len(ids)
     return last
 
 
@@ -243,37 +305,3 @@ def _emit_at_rate(
             return emission
     emission.cut = True
     return emission
-
-
-def _mark_silence(sample: StreamSample, slots: list[TimelineSlot], config: CompilerConfig) -> None:
-    """Which silences are known to be right, and which lie between a revision's evidence and the revision."""
-    if sample.silence == "explicit":
-        known = _Intervals((event.t, event.t_end) for event in sample.events if isinstance(event, SilenceInterval))
-        for slot in slots:
-            slot.taught = slot.time_s in known
-    if config.stale_silence_guard:
-        stale = _Intervals(
-            (event.evidence[1], event.t)
-            for event in sample.events
-            if isinstance(event, Reply) and event.kind == "revise" and event.evidence
-        )
-        for slot in slots:
-            slot.stale = slot.time_s in stale
-
-
-class _Intervals:
-    """Moments from <= t < to of any of the given intervals."""
-
-    def __init__(self, intervals: Iterable[tuple[float, float]]):
-        self._starts: list[float] = []
-        self._ends: list[float] = []
-        for start_s, end_s in sorted(intervals):
-            if self._ends and start_s <= self._ends[-1]:
-                self._ends[-1] = max(self._ends[-1], end_s)
-            elif start_s < end_s:
-                self._starts.append(start_s)
-                self._ends.append(end_s)
-
-    def __contains__(self, time_s: float) -> bool:
-        place = bisect_right(self._starts, time_s + SAME_MOMENT_S) - 1
-        return place >= 0 and time_s < self._ends[place] - SAME_MOMENT_S

@@ -9,7 +9,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from moss_train.errors import ConfigError
-from moss_train.streams.config import OPTIONAL_ROLES, REFERENCE_SPECIAL_STRINGS, TokenizerConfig
+from moss_train.streams.config import OPTIONAL_ROLES, SPECIAL_STRINGS, THINK_STRINGS, TokenizerConfig
+
+#: roles that count in the fingerprint where no token plays them: optional ones named later do not change it
+_OLDEST = frozenset({"ellipsis"})
 
 SHIPPED_TOKENIZER = Path(__file__).parent / "assets" / "tokenizer.json"
 
@@ -28,6 +31,9 @@ class SpecialTokens:
     anchor: int  #: the token a frame puts in the text
     padding: int
     ellipsis: int | None = None
+    think_start: int | None = None  #: before and
+    think_end: int | None = None  #: after what a think unit says
+    skip: int | None = None  #: stands in a think unit that says nothing
 
 
 class StreamTokenizer:
@@ -64,7 +70,8 @@ class StreamTokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Changes when any id of any text could change: part of the data order's and the checkpoint's identity."""
-        identity = [json.loads(self.definition), asdict(self.special), self.vocabulary_size]
+        special = {role: token for role, token in asdict(self.special).items() if token is not None or role in _OLDEST}
+        identity = [json.loads(self.definition), special, self.vocabulary_size]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -82,13 +89,17 @@ def load_tokenizer(config: TokenizerConfig) -> StreamTokenizer:
             f"tokenizer.path={config.path!r}: cannot read {path.name} as a tokenizer ({error}); "
             "give a tokenizer.json, a folder that holds one, or null for the shipped one"
         ) from error
+    if config.think_tokens:
+        missing = [role for role in THINK_STRINGS if role not in config.special_ids]
+        tokenizer.add_special_tokens([(SPECIAL_STRINGS | config.special)[role] for role in missing])
+        definition = tokenizer.to_str()
     special = _find_special(tokenizer, config)
     return StreamTokenizer(definition, special, _vocabulary_size(tokenizer, special, config))
 
 
 def _find_special(tokenizer: Tokenizer, config: TokenizerConfig) -> SpecialTokens:
     ids = dict(config.special_ids)
-    strings = REFERENCE_SPECIAL_STRINGS | config.special
+    strings = SPECIAL_STRINGS | config.special
     total = tokenizer.get_vocab_size(with_added_tokens=True)
     for role, string in strings.items():
         if role in ids:
@@ -104,6 +115,10 @@ def _find_special(tokenizer: Tokenizer, config: TokenizerConfig) -> SpecialToken
         if token is not None:
             ids[role] = token
     added = tokenizer.get_added_tokens_decoder()
+    for role in THINK_STRINGS:  # some tokenizers have such strings as text that is not special
+        named = role in config.special or role in config.special_ids
+        if not named and role in ids and not (ids[role] in added and added[ids[role]].special):
+            del ids[role]
     for role, token in ids.items():
         if token not in added or not added[token].special:
             raise ConfigError(

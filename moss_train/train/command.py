@@ -17,6 +17,7 @@ Train a recipe: moss-train train recipe=<name> [key=value …]
   tracking=NAME          offline (default), online, disabled
   data_root=DIR          packed folders align/ temporal/ sft/ realtime/ that the stages read
   stages.NAME.KEY=VALUE  any field of one stage; stages.*.KEY=VALUE of every stage
+  stages.NAME.objective=NAME  reference, silence_weight, moss_vl, streamo, videollm_online, dispider: docs/objectives.md
   stages.NAME.init=PATH  start from a checkpoint, a stage's or run's folder, or Hugging Face safetensors; or: scratch
   output_dir=DIR         checkpoints and reports; running the same command again goes on where it stopped
   dry_run=true           check everything, print the resolved pipeline and stop

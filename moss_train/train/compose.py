@@ -28,16 +28,18 @@ from moss_train.train.config import RunConfig
 CONFIG_FILE = "config.yaml"  #: of a run's folder
 
 #: Groups of recipe files that an override may choose from; `recipe=…` is one of them.
-GROUPS = ("recipe", "model", "layout", "engine", "tracking")
+GROUPS = ("recipe", "model", "layout", "engine", "tracking", "data")
+#: Those of which each stage has a choice of its own: `stages.<name>.objective=moss_vl`.
+STAGE_GROUPS = ("objective",)
 
 
 def compose_run(arguments: Sequence[str]) -> RunConfig:
     """The run that `key=value` overrides describe, validated.
 
-    `recipe=`, `model=`, `layout=`, `engine=` and `tracking=` choose files below `recipes/`; every other key is a field
-    of `RunConfig`. `stages.*.…` sets a field of every stage, `~key` takes out a stage or a source of the recipe, and
-    `recipes=DIR` adds a folder of one's own recipe files.
-    Raises ConfigError for everything that is wrong with them.
+    `recipe=`, `model=`, `layout=`, `engine=`, `tracking=` and `data=` choose files below `recipes/`, as does a name
+    given to `stages.<stage>.objective=`; every other key is a field of `RunConfig`. `stages.*.…` sets a field of every
+    stage, `~key` takes out a stage or a source of the recipe, and `recipes=DIR` adds a folder of one's own recipe
+    files. Raises ConfigError for everything that is wrong with them.
     """
     overrides: list[tuple[str, str | None]] = []
     folders: list[str] = []
@@ -53,18 +55,29 @@ def compose_run(arguments: Sequence[str]) -> RunConfig:
         else:
             overrides.append((key, text))
     for key, text in overrides:
-        if key not in GROUPS:
+        group = _group(key, text)
+        if group is None:
             check_path(RunConfig, key)
-        elif text is None or text not in available(key, folders):
-            raise ConfigError(unknown_name(str(text), str(text), available(key, folders), what=key))
+        elif text is None or text not in available(group, folders):
+            raise ConfigError(unknown_name(str(text), str(text), available(group, folders), what=group))
     if "recipe" not in dict(overrides):
         raise ConfigError(f"choose a recipe: recipe={' or recipe='.join(available('recipe', folders))}")
-    config = _compose([item for item in overrides if not _wild(item[0])], folders)
-    if any(_wild(key) for key, _ in overrides):
+    # Which stages there are is known when all else is composed.
+    known = [(key, text) for key, text in overrides if not _waits(key, text)]
+    config = _compose(known, folders)
+    if any(key == "data" for key, _ in overrides):
+        plain = _compose([item for item in known if item[0] != "data"], folders)
+        for stage in set(config.stages) - set(plain.stages):
+            raise ConfigError(f"data={dict(overrides)['data']}: this recipe has no stage {stage!r} that could read it")
+    if any(_waits(key, text) for key, text in overrides):
         stages = list(config.stages)
         expanded = [
             (key.replace("*", stage, 1), text) for key, text in overrides for stage in (stages if _wild(key) else [""])
         ]
+        for key, text in expanded:
+            # To choose a file for a stage that is not there would make one.
+            if _waits(key, text) and (stage := key.split(".")[1]) not in stages:
+                raise ConfigError(f"{key}={text}: this recipe has no stage {stage!r}")
         config = _compose(expanded, folders)
     try:
         run: RunConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
@@ -105,6 +118,20 @@ def resolved_dict(run: RunConfig) -> dict[str, Any]:
 
 def _wild(key: str) -> bool:
     return key.startswith("stages.*.")
+
+
+def _waits(key: str, text: str | None) -> bool:
+    """Whether an override is applied once the stages are known."""
+    return _wild(key) or _group(key, text) in STAGE_GROUPS
+
+
+def _group(key: str, text: str | None) -> str | None:
+    """The group of recipe files that an override chooses from; None when it sets a field."""
+    if key in GROUPS:
+        return key
+    parts = key.split(".")
+    is_choice = len(parts) == 3 and parts[0] == "stages" and parts[2] in STAGE_GROUPS
+    return parts[2] if is_choice and text is not None and re.fullmatch(r"\w+", text) and text != "null" else None
 
 
 def _compose(overrides: list[tuple[str, str | None]], folders: list[str]) -> DictConfig:
@@ -160,8 +187,9 @@ def _line(key: str, text: str | None) -> str:
     the dict's own level, because OmegaConf cannot create a typed entry from below; stages must exist."""
     if text is None:
         return f"~{key}"
-    if key in GROUPS:
-        return f"{key}={text}"
+    group = _group(key, text)
+    if group is not None:
+        return f"{key}={text}" if key == group else f"+{group}@{key}={text}"
     value = _quoted(key, text)
     parts = key.split(".")
     for count in range(2 if parts[0] == "stages" else 1, len(parts)):

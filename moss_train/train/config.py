@@ -12,8 +12,8 @@ from moss_train.engines.config import EngineConfig, OptimConfig
 from moss_train.engines.engine_rules import check_engine, check_optimizer
 from moss_train.errors import ConfigError, MossTrainError
 from moss_train.evaluate.config import DecodeConfig, EvaluationConfig
-from moss_train.evaluate.judges import JUDGES
-from moss_train.evaluate.metrics import figure_names
+from moss_train.evaluate.judges import check_judge
+from moss_train.evaluate.metrics import OFFLINE, OFFLINE_SILENT, figure_names
 from moss_train.model.config import ModelConfig
 from moss_train.model.layout_rules import check_layout
 from moss_train.objectives.config import ObjectiveConfig
@@ -84,7 +84,7 @@ class StageConfig:
     compiler: CompilerConfig = field(default_factory=CompilerConfig)
     """How samples become tokens: frame rate, frame limits, visibility."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    """What the loss weighs."""
+    """What the loss weighs; a name takes a published objective of `recipes/objective/`: moss_vl, streamo, dispider."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and learning-rate schedule."""
     steps: int | None = None
@@ -99,8 +99,9 @@ class StageConfig:
     keep_every: int | None = None
     """Checkpoints whose step is a multiple of this are kept for ever; null keeps none for that."""
     keep_best: str | None = None
-    """The figure of an evaluation (`eval/speak_f1`) by which one more checkpoint is kept, the best: of those that were
-    evaluated at their very step, of equals the newer. Null keeps none for that."""
+    """The figure of an evaluation (`eval/speak_f1`, `eval/teacher_forced/lm_ppl`, `eval/offline_accuracy`) by which one
+    more checkpoint is kept, the best: of those that were evaluated at their very step, of equals the newer. Null keeps
+    none for that."""
     keep_best_mode: str = "max"
     """Whether the best has the largest figure (`max`) or the smallest (`min`, for rates of errors and delays)."""
     eval_every: int = 0
@@ -150,6 +151,11 @@ class StageConfig:
         where = f"stages.{name}.keep_best={self.keep_best}"
         legal = [f"eval/{figure}" for figure in figure_names()]
         if self.keep_best not in legal:
+            # The same figure may be measured elsewhere: `eval/lm_ppl` for `eval/teacher_forced/lm_ppl`.
+            last = self.keep_best.rpartition("/")[2]
+            alike = [name for name in legal if name.rpartition("/")[2] == last]
+            if alike:
+                raise ConfigError(f"{where}: no such figure; did you mean {' or '.join(alike)}?")
             raise ConfigError(f"{where}: {unknown_name(self.keep_best, self.keep_best, legal, what='figure')}")
         if self.eval_every == 0:
             raise ConfigError(f"{where}: nothing is evaluated during the stage; set stages.{name}.eval_every")
@@ -170,10 +176,18 @@ class RunEvaluation:
 
     source: str | None = None
     """Packed folder of held-out streams; null evaluates nothing."""
+    offline_source: str | None = None
+    """Packed folder of held-out conversations, answered offline beside the streams of `source`, so that what the
+    real-time stage costs is seen; null asks none."""
+    offline_stage: str = "sft"
+    """The stage whose `compiler` the conversations are compiled with, so that all stages are asked the same; where the
+    run has no such stage, the evaluated one's."""
     judge: str = "text"
-    """Who decides whether an answer is right: `text` (equal words) or `world` (the synthetic world's meaning)."""
+    """Who decides whether an answer is right: `text` (equal words), `world` (the synthetic world's meaning) or
+    `module:Class` of your own."""
     during_training: int | None = 64
-    """Most streams of an evaluation between steps (`eval_every`); null for as many as after training."""
+    """Most streams, and most conversations, of an evaluation between steps (`eval_every`); null for as many as after
+    training."""
     settings: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Batch, tolerance and limit."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
@@ -226,25 +240,36 @@ class RunConfig:
             raise ConfigError("no stage to train: choose a recipe, for example recipe=realtime")
         if self.resume not in RESUME:
             raise ConfigError(f"resume={self.resume!r}: legal values are {', '.join(RESUME)}")
-        if self.evaluate.judge not in JUDGES:
-            raise ConfigError(f"evaluate.judge={self.evaluate.judge!r}: legal values are {', '.join(JUDGES)}")
+        check_judge(self.evaluate.judge, "evaluate.judge")
         if self.evaluate.during_training is not None and self.evaluate.during_training < 1:
             raise ConfigError(f"evaluate.during_training={self.evaluate.during_training}: must be at least 1, or null")
         for part in (self.model, self.tokenizer, self.engine, self.tracking, self.evaluate.settings, self.watchdog):
             _validate(part)
         _validate(self.evaluate.decode, "evaluate.")
+        if self.evaluate.decode.decide_by == "head" and not self.model.decision_head:
+            raise ConfigError(
+                "evaluate.decode.decide_by=head: the model has no decision head; set model.decision_head=true"
+            )
         self.check_layout()
         for name, stage in self.stages.items():
             stage.validate(name)
-            if stage.keep_best is not None and self.evaluate.source is None:
-                where = f"stages.{name}.keep_best={stage.keep_best}"
-                raise ConfigError(f"{where}: nothing is evaluated; set evaluate.source")
+            if stage.keep_best is not None:
+                self._check_measured(f"stages.{name}.keep_best={stage.keep_best}", stage.keep_best)
             check_optimizer(self.engine, self.layout, stage.optim.name, f"stages.{name}.optim.name")
+            if stage.objective.decision_head_weight is not None and not self.model.decision_head:
+                where = f"stages.{name}.objective.decision_head_weight={stage.objective.decision_head_weight}"
+                raise ConfigError(f"{where}: the model has no decision head; set model.decision_head=true")
         orders: dict[int, str] = {}
         for name, stage in self.stages.items():
             if stage.order in orders:
                 raise ConfigError(f"stages.{name}.order={stage.order}: stages.{orders[stage.order]} has the same order")
             orders[stage.order] = name
+
+    def _check_measured(self, where: str, figure: str) -> None:
+        if self.evaluate.source is None:
+            raise ConfigError(f"{where}: nothing is evaluated; set evaluate.source")
+        if figure in (f"eval/{OFFLINE}", f"eval/{OFFLINE_SILENT}") and self.evaluate.offline_source is None:
+            raise ConfigError(f"{where}: no conversation is answered; set evaluate.offline_source")
 
     def check_layout(self) -> None:
         """Raise ConfigError unless the model can be trained in this layout and precision on the processes that torchrun

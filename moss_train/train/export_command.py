@@ -103,6 +103,8 @@ def export_command(options: ExportOptions) -> int:
         f"wrote {out}: {written.parameters:,} parameters in {written.tensors} tensors, {what}, {written.bytes:,} bytes "
         f"in {written.files} file{'s' if written.files > 1 else ''}, from {reader.path}"
     )
+    if run.model.decision_head:
+        print("its decision head is left out: models of this form have none")
     if is_plain(run.model):
         print(
             f"load it: transformers.MllamaForConditionalGeneration.from_pretrained({str(out)!r})\n"

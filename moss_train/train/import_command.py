@@ -89,6 +89,7 @@ def _sizes(source: Path, recipe: str | None) -> ModelConfig:
         return found
     # The recipe around the model does not matter: nothing but the model is taken from it.
     sizes = compose_run(["recipe=sft", f"model={recipe}"]).model
+    sizes.decision_head = False  # the folder has none; a run that wants one starts it afresh
     if sizes.text.vocabulary_size is None:
         sizes.text.vocabulary_size = found.text.vocabulary_size
     differences = size_differences(sizes, found)

@@ -30,7 +30,7 @@ class Progress:
     streams: int = 0  #: streams of all global batches so far, masked ones included
     seconds: float = 0.0  #: spent in the loop, over all runs of the stage
     evaluated: int = 0  #: step of the last evaluation; 0 before the first
-    figures: dict[str, float] = field(default_factory=dict)  #: of that evaluation, as logged; on the main process
+    figures: dict[str, float] = field(default_factory=dict)  #: of that evaluation, as logged
 
     @property
     def finished(self) -> bool:
@@ -143,8 +143,15 @@ def record_step(tracker: Tracker, batch: GlobalStep, output: StepOutput, seconds
     for kind, loss in output.per_kind.items():
         tracker.record_metric(f"loss/{kind}", loss)
         tracker.record_metric(f"share/{kind}", output.per_kind_share.get(kind, 0.0))
+    if output.silence_share is not None:
+        tracker.record_metric("share/silence", output.silence_share)
     for name, value in output.decisions.items():
         tracker.record_metric(f"decision/{name}", value)
+    groups_of_figures = {"calibration": output.calibration, "decision_head": output.decision_head}
+    for group, figures in (groups_of_figures | {"margin": output.margin}).items():
+        for name, value in figures.items():
+            # Sums over the bins of a calibration curve add up over steps, means do not.
+            tracker.record_metric(f"{group}/{name}", value, reduce="sum" if "bin_" in name else "mean")
     tracker.record_metric("grad_norm", output.grad_norm)
     tracker.record_metric("learning_rate", max(output.lr.values()), reduce="last")
     for group, rate in output.lr.items():

@@ -63,6 +63,8 @@ def _run_stages(run: RunConfig, stop: StopRequest, watchdog: Watchdog) -> int:
         output.mkdir(parents=True, exist_ok=True)
         save_run(run, output)
     evaluator = Evaluator(run, tokenizer) if run.evaluate.source is not None else None
+    if evaluator is not None and any(stage.eval_every for stage in run.stages.values()):
+        evaluator.open()
     before: StagePlan | None = None
     with Tracker(run.tracking, output, run.name, resolved_dict(run), main=state.is_main) as tracker:
         for plan in plans:

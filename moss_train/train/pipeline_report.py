@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moss_train.checkpoint.store import latest, load_checkpoint
 from moss_train.errors import CheckpointError, ConfigError
+from moss_train.evaluate.offline import OfflineAnswer, offline_figures
 from moss_train.evaluate.runner import EvaluationResult
 from moss_train.evaluate.transcript import write_transcripts
 from moss_train.report.html import write_html
@@ -40,9 +41,9 @@ class ReportOptions:
     """Seconds that data and training took; null counts those spent in training loops. Those of the report come on
     top."""
     comparisons: int | None = 64
-    """Most streams on which the untrained model and the one without the last stage are evaluated: they talk all the
-    time, which is slow. Both see the same streams, the first ones that the trained model sees (`untrained.n_streams`).
-    Null evaluates them on every stream."""
+    """Most streams (and conversations) on which the untrained model and the one without the last stage are evaluated:
+    they talk all the time, which is slow. Both see the same streams, the first ones that the trained model sees
+    (`untrained.n_streams`). Null evaluates them on every stream."""
     pictures: int = 12
     """Clips whose timeline is drawn."""
 
@@ -75,6 +76,7 @@ def report_command(options: ReportOptions) -> int:
         models[f"without_{last}."] = load_model(checkpoints[stages[-2]])[0]
     models["untrained."] = build_model(run)
     results: dict[str, EvaluationResult] = {}
+    offline: dict[str, list[OfflineAnswer]] = {}
     with _progress(console) as bar:
         for prefix, variant in models.items():
             task = bar.add_task(f"evaluating {prefix.rstrip('.').replace('_', ' ') or 'the trained model'}", total=None)
@@ -84,7 +86,11 @@ def report_command(options: ReportOptions) -> int:
                 limit=options.comparisons if prefix else None,
                 on_progress=lambda done, total, t=task: bar.update(t, completed=done, total=total),
             )
+            offline[prefix] = evaluator.answer_offline(variant, compiler, options.comparisons if prefix else None)
     variants = {prefix: result.figures for prefix, result in results.items()}
+    for prefix, answers in offline.items():
+        if answers:
+            variants[prefix] |= offline_figures(answers, evaluator.judge)
     variants["teacher_forced."] = results[""].teacher_forced
 
     requirements = REQUIREMENTS[options.requirements]
@@ -94,10 +100,9 @@ def report_command(options: ReportOptions) -> int:
     report = build_report(variants, figures, requirements)
     write_report(report, folder / "report.json")
     write_transcripts(results[""].transcripts, folder / "transcripts.jsonl")
-    corpus = evaluator.corpus(compiler)
     streams = stream_views(
         results[""].transcripts,
-        lambda key: corpus.all_frames(corpus.index.number(key)).numpy(),
+        lambda key: evaluator.frames_of(compiler, key).numpy(),
         evaluator.judge,
         options.pictures,
         run.evaluate.settings.window_frames,

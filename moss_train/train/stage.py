@@ -40,7 +40,7 @@ from moss_train.train.guards import Guards
 from moss_train.train.handoff import StagePlan
 from moss_train.train.loop import Progress, train
 from moss_train.train.signals import StopRequest
-from moss_train.train.weights import Origin
+from moss_train.train.weights import Origin, WithFreshHead
 
 
 @dataclass
@@ -153,12 +153,15 @@ def run_stage(
         model,
         trainable_names(whole, plan.config.trainable),
         plan.config.optim,
-        StreamingLoss(plan.config.objective, tokenizer.special.silence, tuple(plan.sources)),
+        StreamingLoss(plan.config.objective, tokenizer.special.silence, tuple(plan.sources), tokenizer.special.anchor),
         plan.steps,
     )
+    fresh: list[str] = []
     if newest is None and origin is not None:
+        source = origin.source(whole)
         # Through the engine, whose optimizer keeps the digits that 16-bit weights lose.
-        engine.load_weights(origin.source(whole))
+        engine.load_weights(source)
+        fresh = sorted(source.fresh) if isinstance(source, WithFreshHead) else []
     with build_loader(
         plan.config.data,
         plan.config.compiler,
@@ -187,6 +190,8 @@ def run_stage(
         if newest is not None:
             stage.restore(open_together(newest), run.seed)
         tracker.start_stage(plan.name, plan.steps, stage.progress.step)
+        if fresh:
+            tracker.event("starts_fresh", 0, weights=", ".join(fresh), because=f"{origin.path} has none")
         for passed_over, reason in plan.point.skipped:
             tracker.event("fallback", stage.progress.step, passed_over=passed_over, reason=reason)
         evaluate = partial(evaluator.figures, engine, model, plan.config.compiler) if evaluator is not None else None

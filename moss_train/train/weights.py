@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from moss_train.checkpoint.hugging_face.sizes import CONFIG, read_sizes, size_differences
 from moss_train.checkpoint.hugging_face.source import HuggingFaceSource, SafetensorsFiles, weight_files
@@ -17,9 +20,10 @@ from moss_train.checkpoint.store import (
     step_directories,
 )
 from moss_train.engines.fit import require_fit
-from moss_train.engines.pieces import TensorSource
+from moss_train.engines.pieces import Shape, TensorSource
 from moss_train.engines.weights import NAMESPACE, named_weights
 from moss_train.errors import CheckpointError, MossTrainError
+from moss_train.model.decision_head import PREFIX
 from moss_train.model.video_model import VideoModel
 from moss_train.parallel import groups
 from moss_train.parallel.agreement import gather_lists
@@ -48,7 +52,7 @@ class Origin:
 
         Names and shapes are compared, and what a published config.json says beyond them; no tensor is read.
         """
-        source = self.source(model)
+        source = self._stored(model)
         if not isinstance(source, CheckpointReader):
             self._check_config(model)
             return
@@ -73,15 +77,44 @@ class Origin:
     def source(self, model: VideoModel) -> TensorSource:
         """The weights, named `model/<parameter>`, for `Engine.load_weights` and `load_weights_into`.
 
-        `model` is a whole one; on the meta device will do. What is not asked for is not read. CheckpointError when they
-        do not fit `model`. Collective: processes verify a checkpoint together.
+        `model` is a whole one; on the meta device will do. What is not asked for is not read. A decision head that the
+        weights lack is added, fresh (`WithFreshHead`). CheckpointError when they do not fit `model` otherwise.
+        Collective: processes verify a checkpoint together.
         """
+        source = self._stored(model)
+        fresh = missing_head(source.shapes(), expected_shapes(model))
+        return WithFreshHead(source, fresh) if fresh else source
+
+    def _stored(self, model: VideoModel) -> TensorSource:
+        """What is in the files, which fits `model` but for a missing decision head."""
         if self.hugging_face:
             return HuggingFaceSource(SafetensorsFiles(self.path), model)
         reader = open_together(self.path)
         found = {name: shape for name, shape in reader.shapes().items() if name.startswith(f"{NAMESPACE}/")}
-        require_fit(found, expected_shapes(model), reader.origin)
+        expected = expected_shapes(model)
+        require_fit(found | missing_head(found, expected), expected, reader.origin)
         return reader
+
+
+class WithFreshHead:
+    """A `TensorSource` to which a fresh decision head is added: zeros (`model.decision_head`)."""
+
+    def __init__(self, source: TensorSource, fresh: Mapping[str, Shape]):
+        """`fresh`: canonical name → shape of what is added."""
+        self.origin, self.fresh = source.origin, dict(fresh)
+        self._source = source
+
+    def shapes(self) -> Mapping[str, Shape]:
+        return {**self._source.shapes(), **self.fresh}
+
+    def read(self, name: str, offsets: Shape, shape: Shape) -> torch.Tensor:
+        return torch.zeros(shape) if name in self.fresh else self._source.read(name, offsets, shape)
+
+
+def missing_head(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Names and shapes of the decision head that is expected and of which nothing was found; else nothing."""
+    head = {name: shape for name, shape in expected.items() if name.startswith(f"{NAMESPACE}/{PREFIX}")}
+    return {} if set(head) & set(found) else head
 
 
 def expected_shapes(model: VideoModel) -> dict[str, tuple[int, ...]]:

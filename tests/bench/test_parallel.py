@@ -22,7 +22,7 @@ from moss_train.model.groups import parameter_groups
 from moss_train.parallel import groups
 from moss_train.parallel.config import LayoutConfig
 
-MODEL = Problem().model()
+MODEL = Problem(pieces=True).model()  # with a decision head
 #: Unequal microbatches, an odd number of tokens, fewer frames than shares, and text alone.
 SHAPES = (Shape(1, 3, 8), Shape(2, 1, 9), Shape(1, 0, 11), Shape(1, 2, 7))
 #: Layout and what is trained; together they meet every term of the formula.

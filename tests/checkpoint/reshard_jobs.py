@@ -31,7 +31,11 @@ def engine_of(case: Case, seed: int):
     with torch.device("meta"):
         trained = trainable_names(whole_model(problem.model(), state), problem.trainable)
     engine.setup(
-        model, trained, problem.optim(), StreamingLoss(problem.objective(), tokenizer().special.silence), STEPS
+        model,
+        trained,
+        problem.optim(),
+        StreamingLoss(problem.objective(), tokenizer().special.silence, anchor_id=tokenizer().special.anchor),
+        STEPS,
     )
     return engine, state
 

@@ -20,7 +20,7 @@ from moss_train.data.shards.index import load_index
 from moss_train.data.shards.index_build import build_index
 from moss_train.data.shards.lengths import LENGTHLESS, lengths_of, stored_lengths
 from moss_train.errors import DataError, SampleError
-from moss_train.streams.config import CompilerConfig, TokenizerConfig
+from moss_train.streams.config import AugmentationConfig, CompilerConfig, TokenizerConfig
 from moss_train.streams.split import RowBudget
 from moss_train.streams.tokenizer import load_tokenizer
 
@@ -118,11 +118,14 @@ def test_measured_once_and_anew_when_they_could_be_others(folder: Path, monkeypa
     counts = measured(monkeypatch)
     first = lengths_of(opened(folder))
     assert lengths_of(opened(folder)).digest == first.digest and len(counts) == 1
-    same = {"jitter_probability": 0.5, "window": 3, "sinks": 1}
+    same = {"jitter_probability": 0.5, "jitter_shifts": [-2, 1], "window": 3, "sinks": 1}
     same |= {"train_turn_end_offline": False, "stale_silence_guard": False}
-    same |= {"text_window": 9, "text_sinks": 2, "positions": "decoupled"}
+    same |= {"text_window": 9, "text_sinks": 2, "positions": "decoupled", "visibility": "offline"}
+    same |= {"train_turn_end_streams": True, "confirmation_weight": 0.5}
     assert set(same) == set(LENGTHLESS)
-    assert lengths_of(opened(folder, CompilerConfig(**same))).digest == first.digest and len(counts) == 1
+    drawn = AugmentationConfig([1, 2], [0, 1], [3, 4], [0, 1], keep_silence=0.5, keep_silence_within_s=1.0)
+    assert lengths_of(opened(folder, CompilerConfig(**same, augment=drawn))).digest == first.digest
+    assert lengths_of(opened(folder), seed=1).digest == first.digest and len(counts) == 1
     others = [CompilerConfig(fps=2.0), CompilerConfig(max_frames=4), CompilerConfig(tokens_per_second=5.0)]
     digests = {first.digest} | {lengths_of(opened(folder, compiler)).digest for compiler in others}
     assert len(digests) == 4 and len(counts) == 4

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moss_train.data.synthetic.render import RenderOptions, render, render_command, render_sample
+from moss_train.data.synthetic.render import CAPTIONS_SUFFIX, RenderOptions, render, render_command, render_sample
 from moss_train.data.synthetic.scenes import COLOURS, Scene
 from moss_train.errors import ConfigError, DataError
 from moss_train.streams.schema import parse_sample
@@ -84,7 +84,7 @@ def test_stills_show_their_caption(rendered):
 def test_staging_folders_are_whole(rendered):
     counts = {}
     for path in rendered.rglob("*.json"):
-        if path.name == "render.json":
+        if path.name == "render.json" or path.name.endswith(CAPTIONS_SUFFIX):
             continue
         sample = parse_sample(path.read_bytes(), path.stem)
         assert all((path.parent / f"{path.stem}.{medium.member}").is_file() for medium in sample.media)
@@ -107,8 +107,14 @@ def test_bytes_depend_on_seed_and_key_alone(rendered, tmp_path):
     )
     render(same)
     reference, again = files(rendered), files(tmp_path / "two")
-    common = [name for name in again if name in reference and name != "render.json"]
+    common = [name for name in again if name in reference and name != "render.json" and CAPTIONS_SUFFIX not in name]
     assert len(common) > 60 and all(reference[name] == again[name] for name in common)
+    captions = [
+        [json.loads(rendering[f"train/{source}{CAPTIONS_SUFFIX}"]) for source in ("temporal", "realtime")]
+        for rendering in (reference, again)
+    ]
+    for more, fewer in zip(*captions, strict=True):
+        assert len(fewer) == 3 and fewer.items() <= more.items() and list(fewer) == sorted(fewer)
     other = RenderOptions(
         out=str(tmp_path / "other"), align=2, temporal=0, sft=0, realtime=0, heldout=0, seed=8, workers=1
     )

@@ -14,7 +14,7 @@ from moss_train.data.synthetic.world import KINDS, QUESTIONS, SCENARIOS, STREAM_
 from moss_train.streams.compiler import compile_sample
 from moss_train.streams.config import CompilerConfig, TokenizerConfig
 from moss_train.streams.media import MediaInfo
-from moss_train.streams.schema import parse_sample
+from moss_train.streams.schema import StreamSample, parse_sample
 from moss_train.streams.tokenizer import load_tokenizer
 
 seeds = st.integers(0, 2**32 - 1)
@@ -93,7 +93,13 @@ def test_what_is_said_is_what_is_shown(seed, split, scenario):
     for confirmation in facts["confirmations"]:
         after = timeline.scene_at(confirmation["t"])
         assert judge.same_answer(confirmation["standing"], after.value(asked_attributes[confirmation["question"]]))
-        assert all(event["t"] != confirmation["t"] for event in clip.sample["events"])
+        (event,) = [event for event in clip.sample["events"] if event["t"] == confirmation["t"]]
+        assert event["kind"] == "confirm" and judge.same_answer(
+            texts[event["confirms"]]["text"], confirmation["standing"]
+        )
+    confirms = [event for event in clip.sample["events"] if event.get("kind") == "confirm"]
+    assert len(confirms) == len(facts["confirmations"])
+    assert isinstance(parse_sample(clip.sample, "k1"), StreamSample)
 
 
 def test_the_last_word_is_true_at_the_end():

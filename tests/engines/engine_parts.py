@@ -48,6 +48,7 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> VideoModel:
         ),
         initial_gate=0.5,
         init_std=0.1,
+        decision_head=True,
     )
     return VideoModel(config, groups.initialize().tensor_group, dtype)
 
@@ -99,7 +100,7 @@ def global_batches(steps: int, microbatches: int = 4) -> list[list[Batch]]:
 def setup_engine(engine, model, optim: OptimConfig, total_steps: int = 5, trainable=None, objective=OBJECTIVE):
     """The engine, set up on `model` with everything trained unless told otherwise."""
     trainable = {name for name, _ in model.named_parameters()} if trainable is None else trainable
-    engine.setup(model, trainable, optim, StreamingLoss(objective, silence_id=SILENCE), total_steps)
+    engine.setup(model, trainable, optim, StreamingLoss(objective, SILENCE, anchor_id=VOCABULARY), total_steps)
     return engine
 
 
@@ -126,9 +127,9 @@ class PlainTraining:
 
     def step(self, microbatches: list[Batch], factor: float) -> tuple[float, float]:
         """One step at `factor` of every peak rate; loss and gradient norm."""
-        objective = StreamingLoss(OBJECTIVE)
-        labels = sum(int((one.labels_RT != IGNORED_LABEL).sum()) for one in microbatches)
-        loss = sum(objective(self.model(one), one, labels).loss for one in microbatches)
+        objective = StreamingLoss(OBJECTIVE, anchor_id=VOCABULARY)
+        totals = sum(objective.totals(one) for one in microbatches)
+        loss = sum(objective(self.model.predictions(one), one, totals).loss for one in microbatches)
         self.optimizer.zero_grad()
         loss.backward()
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

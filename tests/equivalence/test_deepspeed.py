@@ -168,9 +168,9 @@ def normaliser_of_one_rank():
     """Z of the own microbatches instead of the global batch's."""
 
     def of_own(self, batches):
-        return sum(self._objective.normaliser(batch) for batch in batches)
+        return sum(self._objective.totals(batch) for batch in batches)
 
-    return mock.patch.object(deepspeed.DeepSpeedEngine, "_global_normaliser", of_own)
+    return mock.patch.object(deepspeed.DeepSpeedEngine, "_global_totals", of_own)
 
 
 def frames_left_out():

@@ -39,7 +39,7 @@ def engine_of(case: Case, seed: int):
     model = build_model(problem.model(), state, dtype, case.recompute, seed=seed, store=engine.parameter_store())
     with torch.device("meta"):
         trained = trainable_names(whole_model(problem.model(), state), problem.trainable)
-    objective = StreamingLoss(problem.objective(), tokenizer().special.silence)
+    objective = StreamingLoss(problem.objective(), tokenizer().special.silence, anchor_id=tokenizer().special.anchor)
     engine.setup(model, trained, problem.optim(), objective, STEPS)
     return engine, state
 

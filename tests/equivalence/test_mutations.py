@@ -44,9 +44,9 @@ def normaliser_of_one_rank():
     """Z of the own microbatches instead of the global batch's."""
 
     def of_own(self, microbatches):
-        return sum(self._objective.normaliser(batch) for batch in microbatches)
+        return sum(self._objective.totals(batch) for batch in microbatches)
 
-    return mock.patch.object(megatron.MegatronEngine, "_global_normaliser", of_own)
+    return mock.patch.object(megatron.MegatronEngine, "_global_totals", of_own)
 
 
 def frames_merged_unweighted():

@@ -1,64 +1,40 @@
 """Evaluation end to end on the real model: incremental equals teacher-forced, and a batch equals single streams."""
 
 import json
+import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from scripted_model import shipped_tokenizer, world_stream
+from small_model import SIZE, small_model
 from world_corpus import WorldCorpus
 
 from moss_train.data.collate import collate
 from moss_train.errors import DataError, SampleError
 from moss_train.evaluate.config import DecodeConfig, EvaluationConfig
+from moss_train.evaluate.decoder import forbidden_tokens
+from moss_train.evaluate.invariance import future_frame_deviation, invariance_figures
 from moss_train.evaluate.judges import TextJudge
-from moss_train.evaluate.runner import evaluate_streams
+from moss_train.evaluate.metrics.language import frames_to_roll, language_figures, turns_of
+from moss_train.evaluate.prepared import prepare_streams
+from moss_train.evaluate.runner import evaluate_streams, run_streams
 from moss_train.evaluate.teacher_forced import largest_deviation
 from moss_train.evaluate.transcript import StreamTranscript
 from moss_train.parallel import groups
+from moss_train.streams.compiled import Kind
 from moss_train.streams.config import CompilerConfig
+from moss_train.streams.row import RowWriter
+from moss_train.streams.sight import Sight
 
 TOKENIZER = shipped_tokenizer()
-SIZE = 28
 COMPILER = CompilerConfig(tokens_per_second=6.0)
 
 
 @pytest.fixture(scope="module")
 def model():
-    from moss_train.model.config import ModelConfig, TextConfig, VisionConfig
-    from moss_train.model.video_model import VideoModel
-
-    torch.manual_seed(3)
-    sizes = ModelConfig(
-        name="test",
-        vision=VisionConfig(
-            hidden_size=16,
-            local_layers=2,
-            global_layers=1,
-            attention_heads=2,
-            mlp_size=32,
-            patch_size=7,
-            image_size=SIZE,
-            intermediate_layers=[1],
-        ),
-        text=TextConfig(
-            vocabulary_size=TOKENIZER.vocabulary_size,
-            hidden_size=32,
-            layers=4,
-            cross_layers=[1, 3],
-            attention_heads=4,
-            key_value_heads=2,
-            mlp_size=64,
-            rope_scaling=None,
-        ),
-        pool_stride=2,
-        initial_gate=0.5,
-    )
-    built = VideoModel(sizes, groups.initialize().tensor_group)
-    with torch.no_grad():  # an untrained model would say the same everywhere; make its predictions differ
-        for parameter in built.parameters():
-            parameter.mul_(3.0)
-        built.head.weight[TOKENIZER.special.silence].mul_(4.0)
+    built = small_model(TOKENIZER)
     yield built
     groups.shutdown()
 
@@ -68,6 +44,8 @@ def model():
     [
         COMPILER,
         replace(COMPILER, tokens_per_second=3.0),
+        replace(COMPILER, tokens_per_second=3.0, perceive="blocked", window=3),
+        replace(COMPILER, visibility="offline"),
         replace(COMPILER, window=3, sinks=1),
         replace(COMPILER, jitter_probability=0.5),
     ],
@@ -112,6 +90,17 @@ def test_first_decision_agrees_with_teacher_forcing(evaluated):
             assert mine.silence_probability == pytest.approx(theirs.silence_probability, abs=1e-5)
             if mine.speaks or mine.reference_speaks:
                 break
+
+
+def test_nothing_is_decided_at_frames_that_were_blocked(model):
+    compiler = replace(COMPILER, tokens_per_second=2.0, perceive="blocked")
+    result = evaluate_streams(model, WorldCorpus(8, SIZE), TOKENIZER, compiler, TextJudge())
+    undecided = 0
+    for forced in result.teacher_forced_transcripts:
+        blocked = [slot for slot in forced.slots if slot.silence_probability is None]
+        undecided += len(blocked)
+        assert all(slot.state == "silence" and slot.reference_state == "unknown" for slot in blocked)
+    assert undecided >= 3
 
 
 def test_limit_and_threshold(model):
@@ -169,3 +158,96 @@ def test_mode_of_the_model_is_restored(model):
     evaluate_streams(model, WorldCorpus(1, SIZE), TOKENIZER, COMPILER, TextJudge())
     assert model.training
     model.eval()
+
+
+def silences_until_it_speaks(model, stream, slot, frames_FCHW, frames: int, threshold: float | None) -> int | None:
+    """After how many further frames the model speaks, found frame by frame, a whole pass for each."""
+    special = TOKENIZER.special
+    ids = stream.ids[: stream.slots[slot].position + 1].tolist()
+    never = torch.tensor(forbidden_tokens(TOKENIZER))
+    for count in range(1, frames + 1):
+        ids += [special.silence, special.anchor]
+        writer = RowWriter(TOKENIZER)
+        writer.untrained(ids)
+        shown = ids.count(special.anchor)
+        row = writer.compiled("k", "stream", stream.frames[:shown], COMPILER, Sight.of(COMPILER))
+        with torch.no_grad():
+            logits_V = model(collate([[(row, frames_FCHW[:shown])]]))[-1, 0, : TOKENIZER.vocabulary_size]
+        logits_V = logits_V.index_fill(0, never, -torch.inf)
+        silent = logits_V.argmax() == special.silence
+        if threshold is not None:
+            silent = logits_V.softmax(-1)[special.silence] >= threshold
+        if not silent:
+            return count
+    return None
+
+
+@pytest.mark.parametrize(("threshold", "silence"), [(None, 16.0), (6e-4, 4.0)])
+def test_a_model_that_misses_a_turn_is_shown_further_frames(model, threshold, silence):
+    model = small_model(TOKENIZER, silence).eval()
+    corpus = WorldCorpus(12, SIZE)
+    config, decode = EvaluationConfig(batch_streams=5), DecodeConfig(speak_threshold=threshold)
+    prepared = prepare_streams(corpus, TOKENIZER, COMPILER)
+    run = run_streams(model, prepared, TOKENIZER, config, decode)
+    found = {transcript.key: transcript for transcript in run.forced}
+    outcomes = set()
+    for item in prepared.items:
+        transcript = found[item.compiled.key]
+        missed = {turn.reply.slot: turn for turn in turns_of(transcript) if turn.first_spoken(transcript) is None}
+        rolled = {one.slot: one for one in transcript.rolled}
+        assert rolled.keys() == {slot for slot, turn in missed.items() if frames_to_roll(transcript, turn)}
+        for slot, one in rolled.items():
+            frames = prepared.frames_of(transcript.key)
+            expected = silences_until_it_speaks(model, item.compiled, slot, frames, one.frames, threshold)
+            assert (one.frames, one.spoke_after) == (frames_to_roll(transcript, missed[slot]), expected)
+            outcomes.add(one.spoke_after is None)
+    assert outcomes == {True, False}, "some must speak then and some not"
+
+
+def test_language_figures_are_those_of_the_training_loss(model):
+    """Perplexity and correct prefixes from the compiled labels and one plain pass a stream."""
+    prepared = prepare_streams(WorldCorpus(4, SIZE), TOKENIZER, COMPILER)
+    run = run_streams(model, prepared, TOKENIZER, EvaluationConfig(), DecodeConfig())
+    total, count, prefixes = 0.0, 0, []
+    for item in prepared.items:
+        stream = item.compiled
+        with torch.no_grad():
+            logits_TV = model(collate([[(stream, prepared.frames_of(stream.key))]]))[:, 0].double()
+        log_TV = logits_TV.log_softmax(-1)
+        reply = []
+        for position, kind in enumerate(stream.kinds):
+            if kind in (Kind.TEXT, Kind.ONSET, Kind.REVISION, Kind.STOP_SILENCE):
+                label = int(stream.labels[position])
+                total, count = total - float(log_TV[position, label]), count + 1
+                reply.append(int(logits_TV[position].argmax()) == label)
+            if kind == Kind.STOP_SILENCE or (reply and stream.ids[position] == TOKENIZER.special.end_of_turn):
+                prefixes.append((reply.index(False) if False in reply else len(reply)) / len(reply))
+                reply = []
+    figures = language_figures(run.forced)
+    assert figures["n_turns"] == len(prefixes) > 3
+    assert figures["lm_ppl"] == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert figures["lm_correctness"] == pytest.approx(sum(prefixes) / len(prefixes))
+
+
+def test_the_future_changes_nothing_and_a_leak_would_show(model):
+    prepared = prepare_streams(WorldCorpus(3, SIZE), TOKENIZER, replace(COMPILER, window=4, sinks=1))
+    figures = invariance_figures(model, prepared, 2)
+    assert figures["future_frame_deviation"] == 0.0
+    assert figures["incremental_deviation"] <= 1e-5
+    stream, frames = prepared.items[0].compiled, prepared.frames_of(prepared.items[0].compiled.key)
+    hidden = replace(stream, visible_hi=stream.visible_hi.copy())
+    leaking = replace(stream, visible_hi=np.where(stream.visible_hi > 2, stream.visible_hi + 1, 0).clip(0, len(frames)))
+    assert future_frame_deviation(model, hidden, frames) == 0.0
+
+    class Leaking(torch.nn.Module):
+        """Sees what `leaking` sees, whatever it is told."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, batch):
+            hi_RT = torch.from_numpy(leaking.visible_hi.astype(np.int32))[None]
+            return self.inner(replace(batch, visible_hi_RT=hi_RT, visible_lo_RT=hi_RT.clamp(max=0)))
+
+    assert future_frame_deviation(Leaking(), stream, frames) > 1e-4

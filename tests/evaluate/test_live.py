@@ -69,7 +69,7 @@ def test_what_is_said_and_asked_stands_in_time():
     asked = next(event for event in sample.events if event.role == "user")
     assert any(line[2] == "user" and line[3] == asked.text for line in lines)
     said = [line[3] for line in lines if len(line) == 4 and line[2] == "model"]
-    spoken = [event.text for event in sample.events if event.role == "assistant"]
+    spoken = [event.text for event in sample.events if event.role == "assistant" and event.kind != "confirm"]
     assert said == spoken
     starts = [f"{slot.time_s:.1f}" for slot in compiled.slots if slot.state == "speak"]
     assert [line[0] for line in lines if len(line) == 4 and line[2] == "model"] == starts

@@ -1,7 +1,5 @@
 """Questions, revisions and confirmations found in samples, with and without the world's notes."""
 
-import math
-
 import pytest
 from scripted_model import compiled_stream, shipped_tokenizer, world_stream
 
@@ -68,6 +66,7 @@ SAMPLE = {
             "supersedes": "b1",
             "evidence": [6.0, 7.0],
         },
+        {"id": "c1", "t": 8.0, "role": "assistant", "kind": "confirm", "confirms": "b3"},
     ],
 }
 
@@ -83,11 +82,12 @@ def test_items_of_a_sample_without_notes_come_from_its_events():
     (revision,) = transcript.revisions
     assert (revision.old, revision.new) == ("A tractor.", "Two tractors.")
     assert (revision.since_slot, revision.evidence_slot) == (4, 9)
-    assert transcript.confirmations == ()
+    (confirmation,) = transcript.confirmations  # at the frame of 8 s
+    assert (confirmation.slot, confirmation.answer) == (10, "Two tractors.")
     assert [(turn.text, turn.slot) for turn in transcript.turns] == [("What is he building?", 0), ("Which colour?", 6)]
     figures = streaming_figures([transcript.as_reference()], TextJudge())
     assert figures["answer_accuracy"] == figures["revision_accuracy"] == 1.0
-    assert math.isnan(figures["false_revision_rate"])
+    assert figures["false_revision_rate"] == 0.0
 
 
 def test_other_kinds_and_other_configurations_are_refused():

@@ -8,21 +8,22 @@ from scripted_model import ScriptedModel, compiled_stream, shipped_tokenizer, wo
 from moss_train.evaluate.config import DecodeConfig
 from moss_train.evaluate.decoder import StreamingDecoder, most_tokens
 from moss_train.evaluate.schedule import read_stream
-from moss_train.streams.config import CompilerConfig
+from moss_train.streams.config import CompilerConfig, TokenizerConfig
+from moss_train.streams.tokenizer import load_tokenizer
 
 TOKENIZER = shipped_tokenizer()
 
 
-def decode(model, read, config, decode_config=None, on_token=None):
+def decode(model, read, config, decode_config=None, on_token=None, tokenizer=TOKENIZER):
     """Runs all streams to their end; returns the outputs of each row in order."""
     schedules = [schedule for schedule, _ in read]
     decode_config = decode_config or DecodeConfig()
     decoder = StreamingDecoder(
         model,
-        TOKENIZER,
+        tokenizer,
         config,
         [schedule.system for schedule in schedules],
-        max(most_tokens(schedule, TOKENIZER, config, decode_config) for schedule in schedules),
+        max(most_tokens(schedule, tokenizer, config, decode_config) for schedule in schedules),
         max(schedule.frames for schedule in schedules),
         decode_config,
     )
@@ -43,7 +44,8 @@ def decode(model, read, config, decode_config=None, on_token=None):
 def check_against_reference(streams, config, outputs, model):
     for (_, compiled), said in zip(streams, outputs, strict=True):
         for slot, output in zip(compiled.slots, said, strict=True):
-            assert output.state == slot.state
+            assert output.state == ("silence" if slot.note == "blocked" else slot.state)
+            assert (output.silence_probability is None) == (slot.note == "blocked")
             assert TOKENIZER.decode(output.ids) == slot.text
             assert output.ends == slot.ends
     for row, (_, compiled) in enumerate(streams):
@@ -52,9 +54,11 @@ def check_against_reference(streams, config, outputs, model):
 
 
 @pytest.mark.parametrize("tokens_per_second", [2.0, 3.5, 38.0])
-@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (3, 1)])
-def test_row_equals_the_compiled_row(tokens_per_second, window, sinks):
-    config = CompilerConfig(tokens_per_second=tokens_per_second, window=window, sinks=sinks)
+@pytest.mark.parametrize(
+    ("window", "sinks", "perceive"), [(None, 0, "overlapped"), (3, 1, "overlapped"), (3, 1, "blocked")]
+)
+def test_row_equals_the_compiled_row(tokens_per_second, window, sinks, perceive):
+    config = CompilerConfig(tokens_per_second=tokens_per_second, window=window, sinks=sinks, perceive=perceive)
     streams = []
     for seed in range(14):
         try:
@@ -77,6 +81,59 @@ def test_reply_over_several_slots_is_cut_by_the_user():
     model = ScriptedModel([compiled for _, compiled in streams], TOKENIZER)
     read = [read_stream(sample, compiled, config, TOKENIZER) for sample, compiled in streams]
     check_against_reference(streams, config, decode(model, read, config), model)
+
+
+def test_a_cut_reply_leaves_its_frames_undecided_where_they_are_blocked():
+    config = CompilerConfig(tokens_per_second=3.0, perceive="blocked")
+    streams = [world_stream(TOKENIZER, config, seed, "interruption") for seed in range(8)]
+    assert any(
+        slot.note == "blocked" and slot.time_s < compiled.slots[i + 1].time_s
+        for _, compiled in streams
+        for i, slot in enumerate(compiled.slots[:-1])
+    )
+    for _, compiled in streams:
+        assert not any(slot.state == "continue" for slot in compiled.slots)
+    model = ScriptedModel([compiled for _, compiled in streams], TOKENIZER)
+    read = [read_stream(sample, compiled, config, TOKENIZER) for sample, compiled in streams]
+    check_against_reference(streams, config, decode(model, read, config), model)
+
+
+def test_thoughts_are_fed_and_not_said():
+    tokenizer = load_tokenizer(TokenizerConfig(think_tokens=True))
+    config = CompilerConfig(tokens_per_second=4.0)
+    events = [
+        {"id": "u1", "t": 0.0, "role": "user", "text": "Tell me."},
+        {"id": "t1", "t": 1.0, "role": "assistant", "kind": "think", "text": "red block, left"},
+        {"id": "t2", "t": 2.0, "role": "assistant", "kind": "think", "text": ""},
+        {
+            "id": "b1",
+            "t": 2.0,
+            "role": "assistant",
+            "kind": "speak",
+            "text": "A red block is on the left.",
+            "reply_to": "u1",
+        },
+        {"id": "t3", "t": 3.0, "role": "assistant", "kind": "think", "text": "still red"},
+    ]
+    sample = {
+        "schema": "moss_train/stream@1",
+        "id": "thoughtful",
+        "media": [{"id": "v", "kind": "video", "member": "mp4", "duration_s": 7.0}],
+        "sampling": {"start_s": 0.0, "end_s": 7.0},
+        "events": events,
+    }
+    streams = [compiled_stream(sample, tokenizer, config)]
+    read = [read_stream(parsed, compiled, config, tokenizer) for parsed, compiled in streams]
+    for threshold in (None, 0.1):
+        model = ScriptedModel([compiled for _, compiled in streams], tokenizer)
+        (said,) = outputs = decode(model, read, config, DecodeConfig(speak_threshold=threshold), tokenizer=tokenizer)
+        check_against_reference(streams, config, outputs, model)
+        assert "".join(tokenizer.decode(output.ids) for output in said) == "A red block is on the left."
+    # a model that never ends its thought is held to a length
+    babbling = ScriptedModel([compiled for _, compiled in streams], tokenizer, off_script=True)
+    babbling.babble = tokenizer.special.think_start
+    decode(babbling, read, config, DecodeConfig(think_tokens=3), tokenizer=tokenizer)
+    assert babbling.fed[0] <= babbling.max_tokens
 
 
 def test_turns_at_odd_moments():

@@ -13,7 +13,9 @@ case "$1" in
 esac
 echo "$*" >>"$FAKE_LOG"
 out=outputs/smoke
+case "$*" in *smoke_synth*) out=outputs/smoke_synth ;; esac
 case "$*" in
+*"data synth"*) mkdir -p $out/synth; echo "$FAKE_KEY" >$out/synth/synth.jsonl ;;
 *"data render"*) mkdir -p $out/clips; echo "$FAKE_KEY" >$out/clips/render.json ;;
 *"data pack"*) mkdir -p "${!##out=}" ;;
 *dry_run*) ;;
@@ -53,7 +55,7 @@ def packs(calls: list[str]) -> int:
 
 def test_a_finished_run_is_not_made_anew_and_its_seconds_stay(tmp_path):
     first = run(tmp_path)
-    assert packs(first) == 5 and "--nproc-per-node 2" in first[-2] and "requirements=smoke" in first[-1]
+    assert packs(first) == 6 and "--nproc-per-node 2" in first[-2] and "requirements=smoke" in first[-1]
     seconds = tmp_path / "outputs" / "smoke" / "seconds"
     assert 0 <= int(seconds.read_text()) < 60
     seconds.write_text("123\n")
@@ -65,7 +67,7 @@ def test_other_clips_make_another_run(tmp_path):
     run(tmp_path)
     manifest = tmp_path / "outputs/smoke/align/checkpoints/step_1/manifest.json"
     before = manifest.read_text()
-    assert packs(run(tmp_path, key="b")) == 5
+    assert packs(run(tmp_path, key="b")) == 6
     assert manifest.read_text() != before
 
 
@@ -81,3 +83,20 @@ def test_an_interrupted_training_goes_on_and_its_seconds_count(tmp_path):
 def test_overrides_are_checked_once_before_several_processes_start(tmp_path):
     calls = [call for call in run(tmp_path, "seed=2") if "seed=2" in call]
     assert len(calls) == 2 and calls[0].endswith("dry_run=true") and "torch.distributed.run" in calls[1]
+
+
+def test_synthesised_dialogues_are_written_once_and_have_a_folder_of_their_own(tmp_path):
+    run(tmp_path)
+    calls = run(tmp_path, "data=synth")
+    assert packs(calls) == 6
+    (synth,) = (call for call in calls if "data synth" in call)
+    assert "source=rendered path=outputs/smoke_synth/clips/train/realtime out=outputs/smoke_synth/synth" in synth
+    (packed,) = (call for call in calls if "source=outputs/smoke_synth/synth" in call)
+    assert "out=outputs/smoke_synth/data/train/realtime_synth" in packed
+    assert "output_dir=outputs/smoke_synth data=synth" in calls[-2] and "run=outputs/smoke_synth" in calls[-1]
+    manifest = tmp_path / "outputs/smoke_synth/align/checkpoints/step_1/manifest.json"
+    before = manifest.read_text()
+    assert packs(run(tmp_path, "data=synth")) == 0 and manifest.read_text() == before
+    # other dialogues make another run, of the same clips
+    (tmp_path / "outputs/smoke_synth/data/synth.jsonl").write_text("other")
+    assert packs(run(tmp_path, "data=synth")) == 1 and manifest.read_text() != before

@@ -24,10 +24,10 @@ TOKENIZER = load_tokenizer(TokenizerConfig())
 def measured(model, batches, objective) -> tuple[LossFigures, dict[str, torch.Tensor]]:
     """Figures and gradients of microbatches that make up one global batch."""
     model.zero_grad()
-    normaliser = sum(objective.normaliser(batch) for batch in batches)
+    totals = sum(objective.totals(batch) for batch in batches)
     outputs = []
     for batch in batches:
-        outputs.append(objective(model(batch), batch, normaliser))
+        outputs.append(objective(model(batch), batch, totals))
         outputs[-1].loss.backward()
     gradients = {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()

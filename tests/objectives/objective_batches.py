@@ -5,8 +5,9 @@ import torch
 from moss_train.data.batch import Batch, plain_places
 from moss_train.streams.compiled import IGNORED_LABEL, Kind
 
-VOCABULARY = 23
+VOCABULARY = 24
 SILENCE = 5
+ANCHOR = VOCABULARY  #: an id without a row in the head
 
 
 def batch_of(kinds, labels, weights=None, segments=None) -> Batch:
@@ -37,7 +38,8 @@ def batch_of(kinds, labels, weights=None, segments=None) -> Batch:
 
 
 def random_batch(seed: int, rows: int = 4, length: int = 17) -> Batch:
-    """Every kind occurs, data weights are mixed, the last columns of the later rows are padding."""
+    """Every kind occurs, data weights are mixed, half of the tokens are anchors, some labels have a contrast; the last
+    columns of the later rows are padding."""
     generator = torch.Generator().manual_seed(seed)
     kinds_RT = torch.randint(0, len(Kind), (rows, length), generator=generator)
     segments_RT = torch.randint(0, 2, (rows, length), generator=generator).sort(dim=1).values
@@ -48,7 +50,11 @@ def random_batch(seed: int, rows: int = 4, length: int = 17) -> Batch:
     labels_RT[(kinds_RT == Kind.IDLE_SILENCE) | (kinds_RT == Kind.STOP_SILENCE)] = SILENCE
     labels_RT[kinds_RT == Kind.IGNORED] = IGNORED_LABEL
     weights_RT = torch.randint(1, 4, (rows, length), generator=generator) / 2
-    return batch_of(kinds_RT.tolist(), labels_RT.tolist(), weights_RT.tolist(), segments_RT.tolist())
+    batch = batch_of(kinds_RT.tolist(), labels_RT.tolist(), weights_RT.tolist(), segments_RT.tolist())
+    batch.ids_RT[torch.rand(rows, length, generator=generator) < 0.5] = ANCHOR
+    contrasts_RT = torch.randint(6, VOCABULARY, (rows, length), generator=generator)
+    batch.contrasts_RT = contrasts_RT.masked_fill(torch.rand(rows, length, generator=generator) < 0.6, -1)
+    return batch
 
 
 def random_logits(seed: int, batch: Batch, scale: float = 2.0) -> torch.Tensor:
@@ -56,6 +62,13 @@ def random_logits(seed: int, batch: Batch, scale: float = 2.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1000 + seed)
     rows, length = batch.ids_RT.shape
     return (scale * torch.randn(length, rows, VOCABULARY, generator=generator)).requires_grad_()
+
+
+def random_decisions(seed: int, batch: Batch) -> torch.Tensor:
+    """float32 [T, R] with a gradient: what a decision head says."""
+    generator = torch.Generator().manual_seed(2000 + seed)
+    rows, length = batch.ids_RT.shape
+    return (2.0 * torch.randn(length, rows, generator=generator)).requires_grad_()
 
 
 def rows_of(batch: Batch, chosen: slice) -> Batch:

@@ -37,7 +37,8 @@ def decisions(kinds, emitted):
     logits = torch.zeros(len(kinds), 1, VOCABULARY)
     for t, silent in enumerate(emitted):
         logits[t, 0, SILENCE if silent else 11] = 4.0
-    return StreamingLoss(ObjectiveConfig(), silence_id=SILENCE)(logits, batch, 1).decisions
+    objective = StreamingLoss(ObjectiveConfig(), silence_id=SILENCE)
+    return objective(logits, batch, objective.totals(batch)).decisions
 
 
 def test_counts_by_hand():
@@ -72,7 +73,9 @@ def test_never_speaking_scores_zero_not_unknown():
 def test_counts_add_up_over_microbatches():
     objective, batch = StreamingLoss(ObjectiveConfig(), silence_id=SILENCE), random_batch(2, rows=6, length=40)
     logits = random_logits(2, batch)
-    whole = objective(logits, batch, 1).decisions
-    halves = [objective(logits[:, part], rows_of(batch, part), 1).decisions for part in (slice(0, 3), slice(3, 6))]
+    totals = objective.totals(batch)
+    whole = objective(logits, batch, totals).decisions
+    parts = (slice(0, 3), slice(3, 6))
+    halves = [objective(logits[:, part], rows_of(batch, part), totals).decisions for part in parts]
     assert torch.equal(whole, halves[0] + halves[1])
     assert whole.sum() > 20

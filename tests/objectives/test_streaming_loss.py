@@ -8,6 +8,7 @@ from objective_batches import SILENCE, VOCABULARY, batch_of, random_batch, rando
 
 from moss_train.errors import ConfigError
 from moss_train.objectives.config import ObjectiveConfig
+from moss_train.objectives.labels import Total
 from moss_train.objectives.streaming_loss import StreamingLoss
 from moss_train.streams.compiled import IGNORED_LABEL, Kind
 
@@ -51,7 +52,7 @@ def test_loss_and_gradient_equal_the_dense_formula(seed, gamma, normaliser):
     config = ObjectiveConfig(weights=WEIGHTS, focal_gamma=gamma, normaliser=normaliser)
     batch, objective = random_batch(seed), StreamingLoss(config)
     logits, reference_logits = random_logits(seed, batch), random_logits(seed, batch)
-    output = objective(logits, batch, objective.normaliser(batch))
+    output = objective(logits, batch, objective.totals(batch))
     reference = dense_loss(reference_logits, batch, config)
     output.loss.backward()
     reference.backward()
@@ -62,13 +63,13 @@ def test_loss_and_gradient_equal_the_dense_formula(seed, gamma, normaliser):
 def test_gradient_agrees_with_finite_differences():
     batch = random_batch(3, rows=1, length=5)
     objective = StreamingLoss(ObjectiveConfig(weights=WEIGHTS, focal_gamma=2.0))
-    logits, z = random_logits(3, batch), objective.normaliser(batch)
-    objective(logits, batch, z).loss.backward()
+    logits, totals = random_logits(3, batch), objective.totals(batch)
+    objective(logits, batch, totals).loss.backward()
     direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(9))
     step = 1e-2
     with torch.no_grad():
-        ahead = objective(logits + step * direction, batch, z).loss
-        behind = objective(logits - step * direction, batch, z).loss
+        ahead = objective(logits + step * direction, batch, totals).loss
+        behind = objective(logits - step * direction, batch, totals).loss
     slope = ((ahead - behind) / (2 * step)).item()
     assert slope == pytest.approx((logits.grad * direction).sum().item(), rel=2e-3)
 
@@ -82,7 +83,7 @@ def test_defaults_are_plain_cross_entropy():
     plain = torch.nn.functional.cross_entropy(
         logits.reshape(-1, VOCABULARY), batch.labels_RT.T.reshape(-1), ignore_index=IGNORED_LABEL
     )
-    torch.testing.assert_close(objective(logits, batch, objective.normaliser(batch)).loss, plain)
+    torch.testing.assert_close(objective(logits, batch, objective.totals(batch)).loss, plain)
 
 
 def test_silence_weight_is_divided_by_the_count_of_labels():
@@ -94,8 +95,9 @@ def test_silence_weight_is_divided_by_the_count_of_labels():
     objective = StreamingLoss(ObjectiveConfig(weights={"idle_silence": 0.1, "stop_silence": 0.1}))
     logits = torch.zeros(4, 1, VOCABULARY)
     expected = (0.1 + 1.0 + 0.1) * math.log(VOCABULARY) / 3
-    assert objective.normaliser(batch).item() == 3
-    assert objective(logits, batch, 3).loss.item() == pytest.approx(expected, rel=1e-6)
+    totals = objective.totals(batch)
+    assert totals[Total.LABELS] == 3
+    assert objective(logits, batch, totals).loss.item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("normaliser", ["valid", "weights"])
@@ -103,12 +105,12 @@ def test_any_split_into_microbatches_gives_the_same_loss_and_gradient(normaliser
     objective = StreamingLoss(ObjectiveConfig(weights=WEIGHTS, focal_gamma=2.0, normaliser=normaliser))
     batch = random_batch(5)
     whole, split = random_logits(5, batch), random_logits(5, batch)
-    objective(whole, batch, objective.normaliser(batch)).loss.backward()
+    objective(whole, batch, objective.totals(batch)).loss.backward()
     parts = [slice(0, 1), slice(1, 2), slice(2, 4)]
-    z = sum(objective.normaliser(rows_of(batch, part)) for part in parts)
-    losses = [objective(split[:, part], rows_of(batch, part), z).loss for part in parts]
+    totals = sum(objective.totals(rows_of(batch, part)) for part in parts)
+    losses = [objective(split[:, part], rows_of(batch, part), totals).loss for part in parts]
     sum(losses).backward()
-    torch.testing.assert_close(z, objective.normaliser(batch))
+    torch.testing.assert_close(totals, objective.totals(batch))
     torch.testing.assert_close(split.grad, whole.grad)
 
 
@@ -117,7 +119,7 @@ def test_a_microbatch_without_labels_is_zero_and_keeps_its_graph(normaliser):
     batch = batch_of(kinds=[[0, 0, 0]], labels=[[IGNORED_LABEL] * 3])
     objective = StreamingLoss(ObjectiveConfig(normaliser=normaliser, focal_gamma=2.0), silence_id=SILENCE)
     logits = random_logits(0, batch)
-    output = objective(logits, batch, objective.normaliser(batch))
+    output = objective(logits, batch, objective.totals(batch))
     output.loss.backward()
     assert output.loss.item() == 0.0
     assert torch.equal(logits.grad, torch.zeros_like(logits))
@@ -131,8 +133,8 @@ def test_a_sample_masked_by_the_loader_is_as_if_absent():
     objective = StreamingLoss(ObjectiveConfig())
     logits = random_logits(6, batch)
     kept = rows_of(batch, slice(0, 2))
-    expected = objective(logits[:, :2], kept, objective.normaliser(kept)).loss
-    torch.testing.assert_close(objective(logits, masked, objective.normaliser(masked)).loss, expected)
+    expected = objective(logits[:, :2], kept, objective.totals(kept)).loss
+    torch.testing.assert_close(objective(logits, masked, objective.totals(masked)).loss, expected)
 
 
 def test_numbers_at_untrained_positions_do_not_matter():
@@ -140,7 +142,8 @@ def test_numbers_at_untrained_positions_do_not_matter():
     logits = torch.zeros(2, 1, VOCABULARY)
     logits[1] = float("nan")
     logits.requires_grad_()
-    output = StreamingLoss(ObjectiveConfig())(logits, batch, 1)
+    objective = StreamingLoss(ObjectiveConfig())
+    output = objective(logits, batch, objective.totals(batch))
     output.loss.backward()
     assert output.loss.item() == pytest.approx(math.log(VOCABULARY))
     assert logits.grad.isfinite().all()
@@ -151,8 +154,8 @@ def test_low_precision_logits_are_lifted_before_the_softmax_and_not_changed():
     logits = random_logits(7, batch).detach().bfloat16()
     before = logits.clone()
     objective = StreamingLoss(ObjectiveConfig())
-    output = objective(logits, batch, objective.normaliser(batch))
-    lifted = objective(logits.float(), batch, objective.normaliser(batch))
+    output = objective(logits, batch, objective.totals(batch))
+    lifted = objective(logits.float(), batch, objective.totals(batch))
     assert output.loss.dtype == torch.float32
     assert torch.equal(output.loss, lifted.loss)
     assert torch.equal(before, logits)
@@ -160,14 +163,14 @@ def test_low_precision_logits_are_lifted_before_the_softmax_and_not_changed():
 
 def test_sums_per_kind_rebuild_the_loss():
     batch, objective = random_batch(8), StreamingLoss(ObjectiveConfig(weights=WEIGHTS, focal_gamma=2.0))
-    z = objective.normaliser(batch)
-    output = objective(random_logits(8, batch), batch, z)
-    assert output.per_kind_count.sum() == z
+    totals = objective.totals(batch)
+    output = objective(random_logits(8, batch), batch, totals)
+    assert output.per_kind_count.sum() == totals[Total.LABELS]
     assert output.per_kind_count[Kind.IGNORED] == 0
     for kind in Kind:
         count = ((batch.kinds_RT == kind) & (batch.labels_RT != IGNORED_LABEL)).sum()
         assert output.per_kind_count[kind] == count
-    assert (output.per_kind_mass.sum() / z).item() == pytest.approx(output.loss.item(), rel=1e-6)
+    assert (output.per_kind_mass.sum() / totals[Total.LABELS]).item() == pytest.approx(output.loss.item(), rel=1e-6)
     assert not output.per_kind_sum.requires_grad
 
 
@@ -179,6 +182,11 @@ def test_sums_per_kind_rebuild_the_loss():
         (ObjectiveConfig(weights={"text": float("nan")}), "objective.weights.text"),
         (ObjectiveConfig(focal_gamma=-0.5), "objective.focal_gamma"),
         (ObjectiveConfig(normaliser="tokens"), "objective.normaliser"),
+        (ObjectiveConfig(balance="class"), "objective.balance"),
+        (ObjectiveConfig(frame_position_weight=-1.0), "objective.frame_position_weight"),
+        (ObjectiveConfig(decision_head_weight=float("inf")), "objective.decision_head_weight"),
+        (ObjectiveConfig(margin=float("nan")), "objective.margin"),
+        (ObjectiveConfig(margin_weight=-0.1), "objective.margin_weight"),
         (ObjectiveConfig(weights=dict.fromkeys(WEIGHTS, 0.0)), "objective.weights"),
     ],
 )

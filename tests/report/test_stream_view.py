@@ -3,7 +3,7 @@
 import base64
 import io
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -158,18 +158,8 @@ def test_revisions_lead_to_what_they_supersede():
     assert "1 frame, 1 s" in page.below["s4m1"] and "at once" in page.below["s4r1"]
 
 
-@dataclass(frozen=True)
-class LiveSlot(SlotRecord):
-    """A slot of a stream that was live."""
-
-    emitted_s: float | None = None  #: when the first token was out, seconds of the wall clock since the start
-
-
 def test_live_streams_say_how_long_the_model_took():
-    slots = tuple(
-        LiveSlot(**vars(slot) | {"emitted_s": slot.time_s + 0.042 if slot.speaks else None})
-        for slot in transcript().slots
-    )
+    slots = tuple(replace(slot, emitted_s=slot.time_s + 0.042 if slot.speaks else None) for slot in transcript().slots)
     page = Page(stream_view(replace(transcript(), slots=slots), FRAMES, JUDGE))
     assert "at once · 42 ms by the clock" in page.below["s1m0"] and "42 ms" in page.below["s1m1"]
     assert "by the clock" not in page.below["s1r0"]

@@ -47,6 +47,14 @@ def revise(t: float, text: str, supersedes: str, **fields) -> dict:
     return {"t": t, "role": "assistant", "kind": "revise", "text": text, "supersedes": supersedes} | fields
 
 
+def confirm(t: float, confirms: str, **fields) -> dict:
+    return {"t": t, "role": "assistant", "kind": "confirm", "confirms": confirms} | fields
+
+
+def think(t: float, text: str, **fields) -> dict:
+    return {"t": t, "role": "assistant", "kind": "think", "text": text} | fields
+
+
 def compiled(data: dict, config: CompilerConfig | None = None, rng=None, jitter=None, duration_s: float = 600.0):
     sample = parse_sample(data, "key")
     media = {medium.id: MediaInfo(duration_s, 25.0, int(duration_s * 25)) for medium in sample.media}

@@ -40,15 +40,20 @@ def _arrivals(draw, end_s: float) -> dict:
 def streams(draw, ends_s: tuple[float, ...] = (1.0, 4.0, 9.5), most_events: int = 6) -> dict:
     end_s = draw(st.sampled_from(ends_s))
     times = sorted(draw(st.lists(st.integers(0, int(end_s * 4) - 1), max_size=most_events)))
-    events, replies = [], []
+    events, replies, standing = [], [], []
     for index, quarter in enumerate(times):
         t, name = quarter / 4, f"e{index}"
-        form = draw(st.sampled_from(["ask", "interrupt", "speak", "speak", "chunks", "words", "revise", "silence"]))
+        forms = ["ask", "interrupt", "speak", "speak", "chunks", "words", "revise", "silence", "confirm"]
+        form = draw(st.sampled_from(forms))
         if form in ("ask", "interrupt"):
             events.append({"id": name, "t": t, "role": "user", "kind": form, "text": draw(TEXTS)})
             continue
         if form == "silence":
             events.append({"id": name, "t": t, "t_end": t + 0.25, "role": "assistant", "kind": "silence"})
+            continue
+        if form == "confirm" and standing:
+            confirms = draw(st.sampled_from(standing))
+            events.append({"id": name, "t": t, "role": "assistant", "kind": "confirm", "confirms": confirms})
             continue
         kind = "revise" if form == "revise" and replies else "speak"
         event = {"id": name, "t": t, "role": "assistant", "kind": kind, "text": draw(TEXTS)}
@@ -65,6 +70,7 @@ def streams(draw, ends_s: tuple[float, ...] = (1.0, 4.0, 9.5), most_events: int 
             event[form] = [[m, p] for m, p in exact] if form == "chunks" else [[m, m, p] for m, p in exact]
         events.append(event)
         replies.append(name)
+        standing = [reply for reply in (*standing, name) if reply != event.get("supersedes")]
     explicit = any(event.get("kind") == "silence" for event in events)
     return {
         "schema": "moss_train/stream@1",

@@ -4,7 +4,7 @@ import copy
 import json
 
 import pytest
-from stream_cases import revise, say, stream, user
+from stream_cases import confirm, revise, say, stream, think, user
 
 from moss_train.errors import SampleError
 from moss_train.streams.schema import dump_sample, parse_sample
@@ -120,6 +120,18 @@ def changed(data: dict, *path, value) -> dict:
             stream({"t": 1.0, "t_end": 1.0, "role": "assistant", "kind": "silence"}, silence="explicit"),
             "events[0].t_end: ",
         ),
+        (stream(confirm(1.0, "e0")), "events[0].confirms: 'e0' is no earlier reply"),
+        (stream(user(1.0), confirm(1.0, "e0")), "events[1].confirms: 'e0' is no earlier reply"),
+        (
+            stream(say(1.0, "a"), revise(2.0, "b", "e0"), confirm(3.0, "e0")),
+            "events[2].confirms: 'e0' was replaced by events[1]",
+        ),
+        (stream(say(1.0, "a"), confirm(3.0, "e0", evidence=[3.0, 3.5])), "events[1].t: 3.0 is before its evidence"),
+        (stream(say(1.0, "a"), confirm(3.0, "e0", text="b")), "events[1].text: unknown field"),
+        (stream(think(3.0, "  ")), "events[0].text: is blank"),
+        (stream(think(3.0, "a", evidence=[2.0, 1.0])), "events[0].evidence: [2.0, 1.0] is no interval"),
+        (stream(think(3.0, "a", evidence=[-1.0, 1.0])), "events[0].evidence: starts before"),
+        (stream(think(1.0, "a"), revise(2.0, "b", "e0")), "events[1].supersedes: 'e0' is no earlier reply"),
         (changed(CAPTION, "text", value="<|video|>A ball."), "text: placeholder 0 is <|video|>"),
         (changed(CAPTION, "text", value="<|image|><|image|>A ball."), "text: 2 placeholders for 1 media"),
         (changed(CONVERSATION, "media", 1, "id", value="v0"), "media[1].id: 'v0' is used twice"),
@@ -161,4 +173,6 @@ def test_what_is_allowed():
     parse_sample(stream(say(1.0, "One."), revise(2.0, "Two.", "e0"), revise(3.0, "Three.", "e1")), "key")
     commentary = say(1.0, "a b", words=[[1.0, 1.5, "a"], [3.0, 3.5, "b"]], evidence=[0.5, 3.0])
     parse_sample(stream(commentary), "key")  # a running commentary starts before its evidence is complete
+    running = say(1.0, "a b", chunks=[[1.0, "a"], [3.0, " b"]])
+    parse_sample(stream(running, think(1.0, ""), confirm(2.0, "e0", evidence=[1.5, 2.0])), "key")  # while a reply runs
     parse_sample(changed(CAPTION, "text", value="A ball."), "key")  # the media then stand before the text

@@ -1,14 +1,16 @@
 """Properties of every compiled stream, on random timelines at random rates."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stream_cases import compiled, tokenizer
+from stream_cases import compiled, layout, say, stream, tokenizer
 from stream_strategies import CONFIGS, compiled_or_refused, streams
 
 from moss_train.streams.compiled import IGNORED_LABEL, Kind
+from moss_train.streams.config import CompilerConfig
 from moss_train.streams.schema import parse_sample
 
 
@@ -61,7 +63,7 @@ def test_what_is_said_is_the_reply_or_its_beginning(data, config):
     row, sample = compiled_or_refused(data, config), parse_sample(data, "key")
     users = [event.t for event in sample.events if event.role == "user"]
     for event in sample.events:
-        if event.role == "user" or event.kind == "silence":
+        if event.role == "user" or event.kind in ("silence", "confirm"):
             continue
         slots = [slot for slot in row.slots if slot.event_id == event.id]
         said = "".join(slot.text for slot in slots)
@@ -100,7 +102,46 @@ def test_jitter_moves_frames_only_earlier_and_by_one_token(data, config, seed):
     still = compiled(data, config)
     shift = still.frame_positions - moved.frame_positions
     assert set(shift.tolist()) <= {0, 1}
+    assert (moved.visible_hi >= still.visible_hi).all()
+    same_but_for_the_anchors(moved, still)
+
+
+def same_but_for_the_anchors(moved, still):
     anchor = tokenizer().special.anchor
     assert moved.ids[moved.ids != anchor].tolist() == still.ids[still.ids != anchor].tolist()
     assert sorted(moved.kinds.tolist()) == sorted(still.kinds.tolist())
-    assert (moved.visible_hi >= still.visible_hi).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(streams(), st.lists(st.integers(-3, 3).filter(bool), min_size=1, max_size=4), st.sampled_from([2.0, 3.5]))
+def test_jitter_both_ways_keeps_frames_inside_their_reply(data, shifts, rate):
+    config = CompilerConfig(tokens_per_second=rate, jitter_probability=1.0, jitter_shifts=shifts)
+    moved, special = compiled_or_refused(data, config, 1), tokenizer().special
+    still = compiled(data, replace(config, jitter_probability=0.0))
+    same_but_for_the_anchors(moved, still)
+    moves = moved.frame_positions - still.frame_positions
+    assert min(0, *shifts) <= moves.min() and moves.max() <= max(0, *shifts)
+    for position in moved.frame_positions[moves != 0]:
+        # inside a reply: text before it, text or the silence that ends it behind it, and no other frame beside it
+        around = [int(moved.ids[position - 1]), int(moved.ids[position + 1])]
+        assert special.anchor not in around and around[0] not in (special.silence, special.end_of_turn)
+    # frames are never moved across a decision: where a reply starts, and where silence is kept, nothing changes
+    for one, other in zip(moved.slots, still.slots, strict=True):
+        if other.state in ("speak", "silence") and other.frame >= 0 and other.note == "":
+            assert moved.visible_hi[one.position] == still.visible_hi[other.position]
+            assert moved.labels[one.position] == still.labels[other.position]
+
+
+def test_a_frame_moves_as_far_as_it_is_told():
+    data = stream(say(1.0, "It is red and blue now and then."), end_s=4.0)
+    texts = {}
+    for shift in (-9, -1, 1, 2, 9):
+        config = CompilerConfig(tokens_per_second=4.0, jitter_probability=1.0, jitter_shifts=[shift])
+        texts[shift] = layout(compiled(data, config, np.random.default_rng(0))).split(" A ")[1].split("|")[0]
+    assert texts == {
+        -9: "_ #_ #It # is # red and blue now and then._ ",
+        -1: "_ #_ #It is red # and blue now and # then._ ",
+        1: "_ #_ #It is red and blue # now and then. #_ ",
+        2: "_ #_ #It is red and blue now # and then. #_ ",
+        9: "_ #_ #It is red and blue now and # then. #_ ",
+    }

@@ -19,5 +19,6 @@ def small_overrides(packed: Path) -> list[str]:
     """Overrides of a small run of two stages, `align` then `realtime`, without an output folder."""
     return [
         "recipe=quickstart", *SMALL, "~stages.temporal", "~stages.sft", f"data_root={packed / 'train'}",
-        f"evaluate.source={packed / 'heldout' / 'realtime'}", "stages.align.steps=3", "stages.realtime.steps=6",
+        f"evaluate.source={packed / 'heldout' / 'realtime'}", f"evaluate.offline_source={packed / 'heldout' / 'sft'}",
+        "stages.align.steps=3", "stages.realtime.steps=6",
     ]  # fmt: skip

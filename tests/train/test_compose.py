@@ -28,6 +28,20 @@ def test_every_layout_composes(layout, monkeypatch):
         assert {name: getattr(run.layout, name) for name in said} == said
 
 
+def test_the_real_time_stage_of_a_recipe_can_learn_from_synthesised_dialogues():
+    for recipe in ("quickstart", "quickstart_smoke", "pipeline", "realtime"):
+        plain, synth = (compose_run([f"recipe={recipe}", *more]) for more in ([], ["data=synth"]))
+        assert compose_run([f"recipe={recipe}", "data=rendered"]) == plain
+        sources = synth.stages["realtime"].data.sources
+        assert [source.path for source in sources.values()] == [f"{synth.data_root}/realtime_synth"]
+        sources["realtime"].path = f"{synth.data_root}/realtime"
+        assert synth == plain  # nothing else differs
+    with pytest.raises(ConfigError, match="data=synth: this recipe has no stage 'realtime'"):
+        compose_run(["recipe=sft", "data=synth"])
+    with pytest.raises(ConfigError, match="unknown data 'sinth'; did you mean synth"):
+        compose_run(["recipe=quickstart", "data=sinth"])
+
+
 def test_published_recipes_train_in_bfloat16_and_those_for_any_machine_in_float32():
     precision = {recipe: compose_run([f"recipe={recipe}"]).precision for recipe in available("recipe")}
     published = {"align", "temporal", "sft", "realtime", "pipeline", "reference_zero2"}
@@ -97,6 +111,43 @@ def test_a_part_that_is_null_can_be_set_whole_and_by_field():
     assert compose_run(["recipe=realtime", "model.text.rope_scaling=null"]).model.text.rope_scaling is None
 
 
+@pytest.mark.parametrize("name", available("objective"))
+def test_every_objective_composes_as_published(name):
+    #: gamma, balance, position weight, weight of idle and of stop silence, decision head's
+    published = {
+        "reference": (0.0, "none", None, 1.0, 1.0, None),
+        "silence_weight": (0.0, "none", None, 0.1, 0.1, None),
+        "moss_vl": (2.0, "state", None, 1.0, 1.0, None),
+        "streamo": (2.0, "state", None, 1.0, 1.0, None),
+        "videollm_online": (0.0, "none", 1.0, 1.0, 1.0, None),
+        "dispider": (0.0, "none", None, 1.0, 1.0, 1.0),
+    }
+    head = f"model.decision_head={name == 'dispider'}".lower()
+    run = compose_run(["recipe=pipeline", head, f"stages.realtime.objective={name}"])
+    for stage_name, stage in run.stages.items():
+        chosen, weights = stage.objective, stage.objective.weights
+        silences = weights["idle_silence"], weights["stop_silence"]
+        found = (chosen.focal_gamma, chosen.balance, chosen.frame_position_weight, *silences)
+        wanted = published[name if stage_name == "realtime" else "reference"]
+        assert (*found, chosen.decision_head_weight) == wanted
+        assert chosen.normaliser == "valid" and chosen.margin is None
+        assert weights["text"] == weights["onset"] == weights["revision"] == 1.0 and weights["stale"] == 0.0
+
+
+def test_an_objective_is_chosen_for_every_stage_and_changed_further(tmp_path):
+    # the recipe's own weight of revisions gives way to the named objective's, a field on the command line does not
+    chosen = ["recipe=quickstart", "stages.*.objective.focal_gamma=1.5", "stages.*.objective=moss_vl"]
+    for stage in compose_run(chosen).stages.values():
+        assert (stage.objective.balance, stage.objective.focal_gamma) == ("state", 1.5)
+        assert stage.objective.weights["revision"] == 1.0
+    (tmp_path / "objective").mkdir()
+    (tmp_path / "objective" / "mine.yaml").write_text("margin: 2.0\n")
+    run = compose_run(["recipe=quickstart", f"recipes={tmp_path}", "stages.realtime.objective=mine"])
+    assert run.stages["realtime"].objective.margin == 2.0
+    given = compose_run(["recipe=realtime", "stages.realtime.objective={focal_gamma: 1.0}"]).stages["realtime"]
+    assert given.objective.focal_gamma == 1.0
+
+
 def test_own_recipe_files(tmp_path):
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "mine.yaml").write_text(
@@ -120,6 +171,12 @@ def test_own_recipe_files(tmp_path):
         (["recipe=realtime", "stages.realtime.optim.betas=[1"], "stages.realtime.optim.betas"),
         (["recipe=realtime", "stages.realtime.data.global_batch_size=0"], "stages.realtime.data.global_batch_size=0"),
         (["recipe=realtime", "stages.realtime.objective.weights.silence=1"], "idle_silence"),
+        (["recipe=realtime", "stages.realtime.objective=moss_v"], "did you mean moss_vl"),
+        (["recipe=realtime", "stages.realtme.objective=moss_vl"], "no stage 'realtme'"),
+        (["recipe=realtime", "stages.realtime.objective=dispider"], "model.decision_head=true"),
+        (["recipe=realtime", "stages.realtime.objective.margin=-1"], "stages.realtime.objective.margin=-1"),
+        (["recipe=realtime", "evaluate.decode.decide_by=head"], "model.decision_head=true"),
+        (["recipe=realtime", "evaluate.decode.head_threshold=0.3"], "evaluate.decode.head_threshold=0.3"),
         (["recipe=realtime", "stages.realtime.steps=0"], "stages.realtime.steps=0"),
         (["recipe=realtime", "stages.realtime.steps=null", "stages.realtime.epochs=null"], "both are null"),
         (["recipe=realtime", "stages.realtime.compiler.sinks=2"], "window"),

@@ -1,21 +1,26 @@
 """The pipeline on rendered clips: resume is exact, hand-offs are checked before anything is trained."""
 
+import json
 import os
 import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from small_runs import small_overrides
 
 from moss_train.checkpoint.store import latest, load_checkpoint
+from moss_train.data.synthetic.render import write_video
 from moss_train.engines.megatron import MegatronEngine
 from moss_train.errors import CheckpointError, ConfigError, DataError
+from moss_train.evaluate.config import EvaluationConfig
 from moss_train.streams.config import TokenizerConfig
 from moss_train.streams.tokenizer import StreamTokenizer, load_tokenizer
 from moss_train.train.compose import compose_run, load_run, resolved_dict
+from moss_train.train.evaluate_command import EvaluateOptions, evaluate_command
 from moss_train.train.pipeline import run_pipeline
 from moss_train.train.pipeline_report import ReportOptions, report_command
 from moss_train.train.restore import load_model, stage_of
@@ -246,6 +251,43 @@ def test_an_unfinished_run_is_not_reported_on(small, copy):
     shutil.rmtree(copy / "align")
     with pytest.raises(CheckpointError, match="no checkpoint of align"):
         report_command(ReportOptions(run=str(copy)))
+
+
+def test_a_finished_run_is_reported_on_and_evaluated(small, copy, tmp_path, capsys):
+    assert report_command(ReportOptions(run=str(copy), comparisons=1, pictures=1)) == 0
+    figures = json.loads((copy / "report.json").read_text())["figures"]
+    for prefix in ("", "without_realtime.", "untrained."):
+        assert 0 <= figures[f"{prefix}offline_accuracy"] <= 1 and 0 <= figures[f"{prefix}offline_silent_rate"] <= 1
+    assert figures["teacher_forced.lm_ppl"] > 1 and figures["n_streams"] == 5
+
+    out = tmp_path / "evaluation"
+    limited = EvaluationConfig(limit=2, answer_tokens=4)
+    options = EvaluateOptions(ckpt=str(copy), out=str(out), invariance=1, pictures=1, settings=limited)
+    assert evaluate_command(options) == 0
+    shown = capsys.readouterr().out
+    assert all(title in shown for title in ("Decisions", "Language (VideoLLM-online)", "future frames change"))
+    figures = json.loads((out / "report.json").read_text())["figures"]
+    assert figures["future_frame_deviation"] == 0 and figures["incremental_deviation"] < 1e-5
+    assert figures["n_streams"] == 2 and "teacher_forced.fluency" in figures
+    assert {path.name for path in out.iterdir()} == {
+        "report.json", "report.html", "transcripts.jsonl", "answers.jsonl"
+    }  # fmt: skip
+
+
+def test_a_run_is_evaluated_on_a_public_benchmark(small, whole, tmp_path, capsys):
+    write_video(tmp_path / "clip.mp4", np.zeros((16, 32, 32, 3), np.uint8), 4.0)
+    entry = {"task": "REC", "video": "clip.mp4", "activity": "jump", "test_info": [{"realtime": 2, "count": 0}]}
+    (tmp_path / "ovo.json").write_text(json.dumps([entry, entry | {"video": "none.mp4"}]))
+    bench = {"annotations": str(tmp_path / "ovo.json"), "media_root": str(tmp_path)}
+    options = EvaluateOptions(ckpt=str(whole), bench="ovo", out=str(tmp_path / "out"), **bench)
+    assert evaluate_command(options) == 0
+    assert "left out ovo-rec-2: " in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["figures"]["n_probes"] == 1
+    (tmp_path / "ovo.json").write_text(json.dumps([entry | {"video": "none.mp4"}]))
+    with pytest.raises(DataError, match="not one question can be asked.*none.mp4"):
+        evaluate_command(options)
+    with pytest.raises(ConfigError, match="belong together"):
+        EvaluateOptions(ckpt=str(whole), bench="ovo").validate()
 
 
 def test_a_tokenizer_file_that_has_changed_is_refused(small, whole, monkeypatch):

@@ -11,6 +11,7 @@ from small_runs import small_overrides
 from moss_train.bench.equivalence.ranks import Ranks
 from moss_train.checkpoint.store import checkpoint_digest, latest, load_checkpoint, save_checkpoint, step_directories
 from moss_train.errors import CheckpointError, ConfigError
+from moss_train.evaluate.metrics import OFFLINE, figure_names
 from moss_train.parallel import groups
 from moss_train.report.metrics_file import FILE_NAME
 from moss_train.report.samples_file import read_samples
@@ -248,6 +249,13 @@ def test_the_best_is_kept_over_a_resume(small, tmp_path, monkeypatch):
     assert sorted(step_directories(checkpoints)) == [4, 6]
 
 
+def test_any_figure_of_an_evaluation_may_tell_the_best(small):
+    run = compose_run([*small, *BEST, "stages.align.eval_every=2"])
+    for figure in figure_names():
+        run.stages["align"].keep_best = f"eval/{figure}"
+        run.validate()
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -256,6 +264,11 @@ def test_the_best_is_kept_over_a_resume(small, tmp_path, monkeypatch):
         (["stages.align.eval_every=2", "stages.align.save_every=0"], "only the last step is saved"),
         (["stages.align.eval_every=2", "evaluate.source=null"], "set evaluate.source"),
         (["stages.align.eval_every=2", "stages.align.keep_best=eval/speak_f2"], "did you mean eval/speak_f1"),
+        (["stages.align.eval_every=2", "stages.align.keep_best=eval/lm_ppl"], "did you mean eval/teacher_forced/lm_"),
+        (
+            ["evaluate.offline_source=null", "stages.align.eval_every=2", f"stages.align.keep_best=eval/{OFFLINE}"],
+            "no conversation is answered; set evaluate.offline_source",
+        ),
         (["stages.align.eval_every=2", "stages.align.keep_best_mode=most"], "legal values are max, min"),
         (["stages.align.keep_best=null", "stages.align.keep_every=3"], "must be a multiple of save_every=2"),
         (["stages.align.keep_best=null", "stages.align.keep_every=0"], "keep_every=0: must be at least 1, or null"),

@@ -33,6 +33,7 @@ class Problem:
     normaliser: str = "valid"
     streams: str = "mixed"  #: a diet of `streams.DIETS`
     cross_layers: tuple[int, ...] = (1, 4, 6)
+    pieces: bool = False  #: with a decision head, class balance, position weight and margins
     rounded: bool = False  #: the starting weights are bfloat16 numbers
     seed: int = 0
 
@@ -64,6 +65,7 @@ class Problem:
             pool_stride=2,
             initial_gate=0.7,
             init_std=0.15,
+            decision_head=self.pieces,
         )
 
     def optim(self) -> OptimConfig:
@@ -76,9 +78,13 @@ class Problem:
 
     def objective(self) -> ObjectiveConfig:
         """Unequal weights and a focal factor: labels must keep their places and their kinds."""
+        pieces: dict[str, Any] = {}
+        if self.pieces:
+            pieces = {"balance": "state", "frame_position_weight": 0.6, "margin": 2.0, "margin_weight": 0.3}
         return ObjectiveConfig(
-            weights={"idle_silence": 0.3, "onset": 2.0, "stale": 0.5}, focal_gamma=1.0, normaliser=self.normaliser
-        )
+            weights={"idle_silence": 0.3, "onset": 2.0, "stale": 0.5}, focal_gamma=1.0, normaliser=self.normaliser,
+            **pieces,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ def _draw_problem(rng: np.random.Generator, half: bool) -> Problem:
         normaliser=str(rng.choice(NORMALISERS)),
         streams=str(rng.choice(anything if rng.random() < _ANYTHING_SHARE else awkward)),
         cross_layers=tuple(cross_layers),
+        pieces=_flip(rng),
         rounded=half,
         seed=int(rng.integers(2**31)),
     )

@@ -74,7 +74,8 @@ def train(problem: Problem, packed: bool = False) -> Outcome:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     optimizer = _optimizer(problem.optim(), model)
-    objective = StreamingLoss(problem.objective(), tokenizer().special.silence)
+    special = tokenizer().special
+    objective = StreamingLoss(problem.objective(), special.silence, anchor_id=special.anchor)
     steps = []
     for step in range(STEPS):
         batches = packed_rows(problem, step) if packed else single_rows(problem, step)
@@ -89,9 +90,9 @@ def train(problem: Problem, packed: bool = False) -> Outcome:
 
 
 def _step(problem: Problem, batches: list[Batch], model: VideoModel, objective: StreamingLoss, optimizer) -> Figures:
-    normaliser = sum(objective.normaliser(batch) for batch in batches)
+    totals = sum(objective.totals(batch) for batch in batches)
     optimizer.zero_grad()
-    outputs = [objective(model(batch), batch, normaliser) for batch in batches]
+    outputs = [objective(model.predictions(batch), batch, totals) for batch in batches]
     loss = sum(output.loss for output in outputs)
     if loss.requires_grad:  # else nothing that is trained was used
         loss.backward()

@@ -33,7 +33,8 @@ def train_case(rank: int, ranks: int, case: Case, path: str) -> tuple[list[Figur
     )
     with torch.device("meta"):
         trained = trainable_names(whole_model(problem.model(), state), problem.trainable)
-    objective = StreamingLoss(problem.objective(), tokenizer().special.silence)
+    special = tokenizer().special
+    objective = StreamingLoss(problem.objective(), special.silence, anchor_id=special.anchor)
     engine.setup(model, trained, problem.optim(), objective, STEPS)
     tensors = {"fresh": _plain(engine.whole_weights())}
     shapes = _plain(engine.expected_shapes(optimizer=False))

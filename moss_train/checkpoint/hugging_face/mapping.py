@@ -12,6 +12,7 @@ import torch
 
 from moss_train.engines.pieces import Shape
 from moss_train.model.config import ModelConfig
+from moss_train.model.decision_head import PREFIX
 from moss_train.model.video_model import VideoModel
 
 
@@ -170,8 +171,11 @@ class ReferenceTensor:
 
 
 def reference_tensors(model: VideoModel) -> dict[str, ReferenceTensor]:
-    """The reference's name → its tensor, for every parameter of `model`, a whole one; on the meta device will do."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    """The reference's name → its tensor, for every parameter of `model`, a whole one; on the meta device will do. A
+    decision head is left out: the reference has none."""
+    shapes = {
+        name: tuple(parameter.shape) for name, parameter in model.named_parameters() if not name.startswith(PREFIX)
+    }
     parts: dict[str, list[Part]] = {}
     for section, numbers in sections(model.sizes):
         for number in numbers:

@@ -40,6 +40,9 @@ class IndexOptions:
     """Counts the tokens of texts."""
     compiler: CompilerConfig = field(default_factory=CompilerConfig)
     """Settings under which the streams are measured: those of the stage that reads the source."""
+    seed: int = 0
+    """Of the run that reads the source: augmented variants (`compiler.augment.corruption`, `.interruption`) depend on
+    it."""
     decode_timeout_s: float = 60.0
     """How long a process may take over one member; seconds."""
     decode_memory_mb: int = 8192
@@ -94,7 +97,7 @@ def index_command(options: IndexOptions) -> int:
         print(f"{index.path}: {_summary(index)}")
         if options.lengths:
             corpus = Corpus(options.path, index, tokenizer, options.compiler, None, data, store)
-            print(_lengths_line(lengths_of(corpus, options.budget(), workers, progress=True)))
+            print(_lengths_line(lengths_of(corpus, options.budget(), workers, True, options.seed)))
     finally:
         store.close()
     print(f"{time.monotonic() - began:.1f} s")

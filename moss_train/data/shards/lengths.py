@@ -3,7 +3,8 @@
 What the order deals in are units: a sample, or one part of a sample that was split. Their lengths are exact: every
 sample is compiled once for each index, tokenizer, compiler settings and budget, in processes of their own, and the
 table is kept as `lengths-<digest>.arrow` beside the index (where nothing can be written there, in the user's cache
-folder).
+folder). Where augmentations change lengths (`compiler.augment`), the table holds those of every variant too, whose
+content depends on the seed of the run.
 """
 
 import fcntl
@@ -32,6 +33,7 @@ from moss_train.data.shards.index import INDEX_NAME
 from moss_train.data.shards.measure import Measured, MeasureJob
 from moss_train.data.shards.storage import default_cache_dir, is_remote, join
 from moss_train.errors import SampleError
+from moss_train.streams.config import CompilerConfig
 from moss_train.streams.split import RowBudget
 
 LENGTHS_SCHEMA = "moss_train/lengths@1"
@@ -40,20 +42,32 @@ LENGTHS_VERSION = 1
 #: settings of the compiler on which no length depends
 LENGTHLESS = (
     "jitter_probability",
+    "jitter_shifts",
+    "visibility",
     "window",
     "sinks",
     "text_window",
     "text_sinks",
     "positions",
     "train_turn_end_offline",
+    "train_turn_end_streams",
     "stale_silence_guard",
+    "confirmation_weight",
+)
+#: those of `compiler.augment`
+LENGTHLESS_AUGMENTATIONS = (
+    "window_range",
+    "sink_range",
+    "text_window_range",
+    "text_sink_range",
+    "keep_silence",
+    "keep_silence_within_s",
 )
 #: samples of one job
 _JOB_SAMPLES = 64
 #: sources with fewer samples are measured at once, before a process would have started
 _FEW_SAMPLES = 256
 _COLUMNS = {"sample": pa.int32(), "part": pa.int16(), "tokens": pa.int32(), "frames": pa.int32()}
-_ROWS = pa.schema(list(_COLUMNS.items()))
 
 
 @dataclass(frozen=True)
@@ -64,39 +78,44 @@ class Lengths:
     parts: np.ndarray  #: int16 [U], which part of its sample it is
     tokens: np.ndarray  #: int32 [U], text tokens, anchors included
     frames: np.ndarray  #: int32 [U]
+    variant_tokens: np.ndarray  #: int32 [U, K], of the K variants; one that cannot be made is the unit itself
+    variant_frames: np.ndarray  #: int32 [U, K]
     faults: dict[int, str]  #: sample number → why it does not compile; such a sample has no unit
     digest: str  #: of the settings and of the arrays
 
 
-def lengths_of(corpus: Corpus, budget: RowBudget | None = None, workers: int = 0, progress: bool = False) -> Lengths:
+def lengths_of(
+    corpus: Corpus, budget: RowBudget | None = None, workers: int = 0, progress: bool = False, seed: int = 0
+) -> Lengths:
     """The lengths of a source: those that are stored, else they are measured by `workers` processes (0: in this one)
     and stored.
 
-    `budget` splits streams that are longer; without it each sample that compiles has one unit. Several processes of a
-    machine that ask at once measure once. Raises DataError for shards that cannot be read.
+    `budget` splits streams that are longer; without it each sample that compiles has one unit. `seed` is that of the
+    run; only variants depend on it. Several processes of a machine that ask at once measure once. Raises DataError for
+    shards that cannot be read.
     """
-    stored = stored_lengths(corpus, budget)
+    stored = stored_lengths(corpus, budget, seed)
     if stored is not None:
         return stored
-    settings = _settings(corpus, budget)
+    settings = _settings(corpus, budget, seed)
     with _only_one(settings):
-        stored = stored_lengths(corpus, budget)
+        stored = stored_lengths(corpus, budget, seed)
         if stored is None:
-            columns, faults = _measure(corpus, budget, workers, progress)
+            columns, faults = _measure(corpus, budget, workers, progress, seed)
             stored = _lengths(settings, columns, faults)
             _store(corpus, settings, columns, stored)
     return stored
 
 
-def stored_lengths(corpus: Corpus, budget: RowBudget | None = None) -> Lengths | None:
+def stored_lengths(corpus: Corpus, budget: RowBudget | None = None, seed: int = 0) -> Lengths | None:
     """The lengths of a source if they were measured before; a damaged table counts as none."""
-    settings = _settings(corpus, budget)
+    settings, rows = _settings(corpus, budget, seed), _rows(corpus.compiler)
     for folder in _folders(corpus):
         try:
-            reader, header = open_arrow(folder / _file_name(settings), _ROWS, LENGTHS_SCHEMA)
+            reader, header = open_arrow(folder / _file_name(settings), rows, LENGTHS_SCHEMA)
             table = reader.read_all()
             table.validate()
-            columns = [table.column(name).to_numpy() for name in _COLUMNS]
+            columns = [table.column(name).to_numpy() for name in rows.names]
             lengths = _lengths(settings, columns, {int(number): reason for number, reason in header["faults"]})
             if lengths.digest == header["digest"] and header["settings"] == settings:
                 return lengths
@@ -105,16 +124,31 @@ def stored_lengths(corpus: Corpus, budget: RowBudget | None = None) -> Lengths |
     return None
 
 
-def _settings(corpus: Corpus, budget: RowBudget | None) -> dict[str, Any]:
+def _rows(compiler: CompilerConfig) -> pa.Schema:
+    """The columns of the table."""
+    columns = dict(_COLUMNS)
+    for variant in range(1, 1 + compiler.augment.measured_variants):
+        columns |= {f"tokens_{variant}": pa.int32(), f"frames_{variant}": pa.int32()}
+    return pa.schema(list(columns.items()))
+
+
+def _settings(corpus: Corpus, budget: RowBudget | None, seed: int) -> dict[str, Any]:
     """Everything on which the lengths depend."""
     if corpus.tokenizer is None:
         raise ValueError("this corpus was opened without a tokenizer, so its streams have no lengths")
+    compiler = asdict(corpus.compiler)
+    augment = compiler.pop("augment")
+    variants = None
+    if corpus.compiler.augment.measured_variants:
+        variants = {name: value for name, value in augment.items() if name not in LENGTHLESS_AUGMENTATIONS}
+        variants["seed"] = seed
     return {
         "version": LENGTHS_VERSION,
         "index": corpus.index.fingerprint,
         "facts": corpus.index.facts_digest,
         "tokenizer": corpus.tokenizer.fingerprint,
-        "compiler": {name: value for name, value in asdict(corpus.compiler).items() if name not in LENGTHLESS},
+        "compiler": {name: value for name, value in compiler.items() if name not in LENGTHLESS},
+        "variants": variants,
         "budget": asdict(budget) if budget is not None else None,
     }
 
@@ -137,7 +171,12 @@ def _lengths(settings: dict[str, Any], columns: list[np.ndarray], faults: dict[i
     digest = hashlib.sha256(_digest(settings).encode())
     for column in columns:
         digest.update(np.ascontiguousarray(column).data)
-    return Lengths(*columns, faults, digest.hexdigest())
+    own, variants = columns[: len(_COLUMNS)], columns[len(_COLUMNS) :]
+    units = len(own[0])
+    tokens, frames = (
+        np.stack(part, axis=1) if part else np.zeros((units, 0), np.int32) for part in (variants[::2], variants[1::2])
+    )
+    return Lengths(*own, tokens, frames, faults, digest.hexdigest())
 
 
 def _store(corpus: Corpus, settings: dict[str, Any], columns: list[np.ndarray], lengths: Lengths) -> None:
@@ -147,15 +186,16 @@ def _store(corpus: Corpus, settings: dict[str, Any], columns: list[np.ndarray], 
         "settings": settings,
         "faults": list(lengths.faults.items()),
     }
-    batch = pa.RecordBatch.from_arrays([pa.array(column) for column in columns], schema=_ROWS)
+    rows = _rows(corpus.compiler)
+    batch = pa.RecordBatch.from_arrays([pa.array(column) for column in columns], schema=rows)
     *others, last = _folders(corpus)
     for folder in others:
         try:
-            return write_arrow(folder / _file_name(settings), _ROWS, [batch], header)
+            return write_arrow(folder / _file_name(settings), rows, [batch], header)
         except OSError:
             continue  # a source that may only be read
     last.mkdir(parents=True, exist_ok=True)
-    write_arrow(last / _file_name(settings), _ROWS, [batch], header)
+    write_arrow(last / _file_name(settings), rows, [batch], header)
 
 
 @contextmanager
@@ -169,33 +209,31 @@ def _only_one(settings: dict[str, Any]) -> Iterator[None]:
 
 
 def _measure(
-    corpus: Corpus, budget: RowBudget | None, workers: int, progress: bool
+    corpus: Corpus, budget: RowBudget | None, workers: int, progress: bool, seed: int
 ) -> tuple[list[np.ndarray], dict[int, str]]:
     """The columns of the table, and the faults."""
-    columns: list[list[np.ndarray]] = [[] for _ in _COLUMNS]
+    kinds = [field.type.to_pandas_dtype() for field in _rows(corpus.compiler)]
+    columns: list[list[np.ndarray]] = [[] for _ in kinds]
     faults: dict[int, str] = {}
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         save_tokenizer(corpus.tokenizer, scratch / "tokenizer.json")
         if is_remote(corpus.index.location):  # the jobs open the index file, which a small cache may have let go
             stack.enter_context(corpus.store.held(join(corpus.index.location, INDEX_NAME)))
-        jobs = _jobs(corpus, budget, str(scratch / "tokenizer.json"))
+        jobs = _jobs(corpus, budget, str(scratch / "tokenizer.json"), seed)
         pool = None
         if workers and len(corpus) >= _FEW_SAMPLES:
             pool = stack.enter_context(closing(DecodePool.of(corpus.data, workers, corpus.store)))
         for measured in _measured(progress_bar(jobs, f"measuring {corpus.name}", progress), corpus, pool):
             faults |= measured.faults
-            units = np.array(measured.units, np.int64).reshape(-1, len(_COLUMNS))
-            for column, values, kind in zip(columns, units.T, _COLUMNS.values(), strict=True):
-                column.append(values.astype(kind.to_pandas_dtype()))
-    whole = [
-        np.concatenate([np.zeros(0, kind.to_pandas_dtype()), *column])
-        for column, kind in zip(columns, _COLUMNS.values(), strict=True)
-    ]
+            units = np.array(measured.units, np.int64).reshape(-1, len(kinds))
+            for column, values, kind in zip(columns, units.T, kinds, strict=True):
+                column.append(values.astype(kind))
+    whole = [np.concatenate([np.zeros(0, kind), *column]) for column, kind in zip(columns, kinds, strict=True)]
     return whole, faults
 
 
-def _jobs(corpus: Corpus, budget: RowBudget | None, tokenizer: str) -> list[MeasureJob]:
+def _jobs(corpus: Corpus, budget: RowBudget | None, tokenizer: str, seed: int) -> list[MeasureJob]:
     """All samples in runs that lie in one shard."""
     index, jobs = corpus.index, []
     starts = np.flatnonzero(np.diff(index.shard_numbers, prepend=-1)).tolist()
@@ -213,6 +251,7 @@ def _jobs(corpus: Corpus, budget: RowBudget | None, tokenizer: str) -> list[Meas
                     tokenizer=tokenizer,
                     compiler=corpus.compiler,
                     budget=budget,
+                    seed=seed,
                 )
             )
     return jobs

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from moss_train.data.corpus import compile_entry
 from moss_train.data.decoding.describe import read_tokenizer
 from moss_train.data.decoding.job import read_member
+from moss_train.data.order import variation_seed
 from moss_train.data.shards.index import SourceIndex, open_index
 from moss_train.errors import SampleError
 from moss_train.streams.config import CompilerConfig
@@ -18,7 +19,7 @@ from moss_train.streams.split import RowBudget
 class Measured:
     """Lengths of the units of some samples, and why others have none."""
 
-    units: list[tuple[int, int, int, int]]  #: number, part, text tokens, frames
+    units: list[tuple[int, ...]]  #: number, part, text tokens, frames, then tokens and frames of each variant
     faults: dict[int, str]  #: number → reason
 
     def to_json(self) -> dict[str, Any]:
@@ -41,6 +42,7 @@ class MeasureJob:
     tokenizer: str  #: file of `save_tokenizer`
     compiler: CompilerConfig
     budget: RowBudget | None
+    seed: int = 0  #: of the variants
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,7 +53,7 @@ class MeasureJob:
         return MeasureJob(
             **entry
             | {
-                "compiler": CompilerConfig(**entry["compiler"]),
+                "compiler": CompilerConfig.from_json(entry["compiler"]),
                 "budget": RowBudget(**budget) if budget is not None else None,
             }
         )
@@ -68,7 +70,17 @@ class MeasureJob:
                 place = entry.members["json"]
                 text = read_member(entry.key, Path(self.shard), place.offset, place.size, place.digest)
                 parts = compile_entry(entry, text, tokenizer, self.compiler, self.budget)
-                measured.units.extend((number, part.part, len(part.ids), len(part.frames)) for part in parts)
+                lengths = [[(len(part.ids), len(part.frames)) for part in parts]]
+                # only streams have variants
+                for variant in range(1, 1 + self.compiler.augment.measured_variants):
+                    if parts[0].kind == "stream":
+                        seed = variation_seed(self.seed, entry.key, variant)
+                        varied = compile_entry(entry, text, tokenizer, self.compiler, self.budget, None, seed)
+                        lengths.append([(len(part.ids), len(part.frames)) for part in varied])
+                    else:
+                        lengths.append(lengths[0])
+                for part, own in enumerate(zip(*lengths, strict=True)):
+                    measured.units.append((number, part, *(value for pair in own for value in pair)))
             except SampleError as error:
                 measured.faults[number] = error.reason
         return measured

@@ -1,5 +1,6 @@
 """Output folders that appear complete or not at all, and take the place of an older one only when they are whole."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -41,6 +42,32 @@ def staged_folder(out: Path) -> Iterator[Path]:
         _put_in_place(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def resumable_folder(out: Path, made_by: str) -> Iterator[Path]:
+    """Like `staged_folder`, for work that is worth keeping: what a block has written when it is killed or raises stays
+    in `<out>.unfinished`, and the next block finds it there if its `made_by` is the same. What another left is removed.
+
+    Raises DataError while another process works on the same folder.
+    """
+    partial = out.with_name(f"{out.name}.unfinished")
+    partial.mkdir(parents=True, exist_ok=True)
+    note, lock = partial / ".made_by", partial / ".lock"
+    with lock.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(f"another process is writing {partial}: wait for it, or give another out=") from None
+        if not note.is_file() or note.read_text(encoding="utf-8") != made_by:
+            for path in partial.iterdir():
+                if path != lock:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            note.write_text(made_by, encoding="utf-8")
+        yield partial
+        note.unlink()
+        lock.unlink()
+        _put_in_place(partial, out)
 
 
 def _remove_abandoned(out: Path) -> None:

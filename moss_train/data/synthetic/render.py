@@ -1,8 +1,9 @@
 """`data render`: the built-in default data. Clips of the procedural world as real H.264 files with their samples.
 
 Writes staging folders `<out>/<split>/<source>/{key}.json` with `{key}.mp4`, `{key}.jpg` or `{key}.png` beside them, one
-source for each training stage, in a training and a held-out split. A sample is a function of (seed, key) alone,
-whatever the number of workers.
+source for each training stage, in a training and a held-out split. Beside a source with clips stand their captions,
+`<out>/<split>/<source>.captions.json`: what each clip shows from when to when, in the form of ActivityNet Captions. A
+sample is a function of (seed, key) alone, whatever the number of workers.
 """
 
 import hashlib
@@ -33,6 +34,8 @@ SOURCES: dict[str, list[tuple[float, str]]] = {
 #: held-out samples of a source other than `realtime`, as a share of the held-out streams
 HELDOUT_OFFLINE_SHARE = 0.2
 MARKER_NAME = "render.json"
+#: what follows a source's name in that of the file with the captions of its clips
+CAPTIONS_SUFFIX = ".captions.json"
 _KEYS_PER_TASK = 32
 
 
@@ -104,28 +107,39 @@ def render(options: RenderOptions, progress: bool = False) -> dict[tuple[str, st
     check_target(out, MARKER_NAME, "data render", options.overwrite, "was made by other code or with other options")
     counts = options.counts()
     with staged_folder(out) as partial:
-        tasks = []
+        tasks, folders = [], []
         for (split, source), count in counts.items():
             folder = partial / split / source
             folder.mkdir(parents=True)
+            folders.append(folder)
             for first in range(0, count, _KEYS_PER_TASK):
                 numbers = range(first, min(first + _KEYS_PER_TASK, count))
                 tasks.append((folder, split, source, numbers, options.seed))
+        captions: dict[Path, dict[str, dict]] = {folder: {} for folder in folders}
         with Progress(disable=not progress) as bar:
             shown = bar.add_task("rendering", total=sum(counts.values()))
+
+            def written(task: tuple, of_clips: dict[str, dict]) -> None:
+                captions[task[0]] |= of_clips
+                bar.advance(shown, len(task[3]))
+
             if options.workers == 1:
                 for task in tasks:
-                    bar.advance(shown, _write_samples(*task))
+                    written(task, _write_samples(*task))
             else:
                 # spawned, not forked: the caller may hold threads
                 with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-                    running = [pool.submit(_write_samples, *task) for task in tasks]
+                    running = {pool.submit(_write_samples, *task): task for task in tasks}
                     try:
                         for done in as_completed(running):
-                            bar.advance(shown, done.result())
+                            written(running[done], done.result())
                     except BaseException:
                         pool.shutdown(wait=True, cancel_futures=True)
                         raise
+        for folder, of_clips in captions.items():
+            if of_clips:
+                text = json.dumps(dict(sorted(of_clips.items())), indent=0)
+                folder.with_name(folder.name + CAPTIONS_SUFFIX).write_text(text + "\n", encoding="utf-8")
         (partial / MARKER_NAME).write_text(_marker(options), encoding="utf-8")
     return counts
 
@@ -155,17 +169,21 @@ def render_sample(seed: int, split: str, source: str, number: int) -> Clip:
     return sample_clip(rng, split, kind, key)
 
 
-def _write_samples(folder: Path, split: str, source: str, numbers: range, seed: int) -> int:
+def _write_samples(folder: Path, split: str, source: str, numbers: range, seed: int) -> dict[str, dict]:
+    """Writes samples with their media; returns the captions of the clips among them, by key."""
+    captions = {}
     for number in numbers:
         clip = render_sample(seed, split, source, number)
         for medium in clip.sample["media"]:
             path = folder / f"{clip.key}.{medium['member']}"
             if medium["kind"] == "video":
+                assert clip.timeline is not None
+                captions[clip.key] = clip.timeline.captions()
                 write_video(path, clip.frames(NATIVE_FPS), NATIVE_FPS)
             else:
                 write_still(path, clip.frames(1.0)[0])
         (folder / f"{clip.key}.json").write_text(json.dumps(clip.sample, ensure_ascii=False), encoding="utf-8")
-    return len(numbers)
+    return captions
 
 
 def write_video(path: Path, frames_FHWC: np.ndarray, fps: float) -> None:

@@ -147,6 +147,17 @@ class Timeline:
     def scenes(self) -> list[Scene | None]:
         return [scene for _, scene in self.segments]
 
+    def captions(self) -> dict:
+        """What is shown from when to when, as an entry of ActivityNet Captions; an empty screen has no caption."""
+        ends = [start_s for start_s, _ in self.segments[1:]] + [self.duration_s]
+        shown = [
+            ([start_s, end_s], scene.caption())
+            for (start_s, scene), end_s in zip(self.segments, ends, strict=True)
+            if scene is not None
+        ]
+        spans, sentences = [span for span, _ in shown], [sentence for _, sentence in shown]
+        return {"duration": self.duration_s, "timestamps": spans, "sentences": sentences}
+
     def frames(self, fps: float = 1.0, size: int = NATIVE_SIZE) -> np.ndarray:
         """Frames at 0, 1/fps, 2/fps … below the duration: uint8 [F, H, W, 3]."""
         pictures = {scene: resize(draw_scene(scene, self.look), size) for scene in set(self.scenes())}

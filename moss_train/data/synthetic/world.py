@@ -9,6 +9,8 @@ running reply, and streams in which nobody asks anything. What the evaluator nee
     questions      {"id", "attribute", "asked_t", "evidence_t", "answer_t", "answer_id", "answer"}
     revisions      {"id", "question", "attribute", "t", "old", "new", "supersedes"}
     confirmations  {"question", "attribute" (the one that changed), "t", "standing"}
+
+Conversations about clips say of each answer what it is about, in `question_types`.
 """
 
 from collections.abc import Callable
@@ -104,7 +106,7 @@ class _Script:
         return name
 
     def say(self, t: float, text: str, evidence: tuple[float, float], **more: str) -> str:
-        name = f"a{sum(event['role'] == 'assistant' for event in self.events) + 1}"
+        name = f"a{sum('text' in event and event['role'] == 'assistant' for event in self.events) + 1}"
         event = {"id": name, "t": float(t), "role": "assistant", "kind": "speak", **more, "text": text}
         self.events.append({**event, "evidence": [float(second) for second in evidence]})
         return name
@@ -135,7 +137,7 @@ class _Script:
         """Up to `most` changes of one attribute each: revisions of the last answer or confirmations of it."""
         standing = self.questions[-1]
         asked, settled = standing["attribute"], {question["attribute"] for question in self.questions}
-        last_said = standing["answer_id"]
+        last_said, last_text = standing["answer_id"], standing["answer"]
         frame = from_frame
         for _ in range(most):
             if frame > STREAM_SECONDS - 2:  # the last frame leaves no time to finish a reply
@@ -146,13 +148,14 @@ class _Script:
             scene, changed = next_scene(self.rng, before, self.split, [asked] if self.rng.random() < 0.5 else others)
             self.show(scene, frame)
             if changed == asked:
-                old = self.events[-1]["text"]
+                old, last_text = last_text, revision_text(scene, asked)
+                superseded = last_said
                 last_said = self.say(
                     float(frame),
-                    revision_text(scene, asked),
+                    last_text,
                     (frame, frame),
                     kind="revise",
-                    supersedes=last_said,
+                    supersedes=superseded,
                     reply_to=standing["id"],
                 )
                 self.revisions.append(
@@ -162,8 +165,8 @@ class _Script:
                         "attribute": asked,
                         "t": float(frame),
                         "old": old,
-                        "new": self.events[-1]["text"],
-                        "supersedes": self.events[-1]["supersedes"],
+                        "new": last_text,
+                        "supersedes": superseded,
                     }
                 )
             else:
@@ -175,6 +178,10 @@ class _Script:
                         "standing": answer_text(before, asked),
                     }
                 )
+                name = f"c{len(self.confirmations)}"
+                seen = [float(frame), float(frame)]
+                confirm = {"id": name, "t": float(frame), "role": "assistant", "kind": "confirm"}
+                self.events.append({**confirm, "confirms": last_said, "evidence": seen})
             frame += self.between(2, 3)
 
     def wander(self, frame: int, until: int) -> None:
@@ -346,7 +353,7 @@ def sample_conversation(rng: np.random.Generator, split: str, key: str) -> Clip:
     """
     timeline = _sequence(rng, split, STREAM_SECONDS)
     shown = [scene for scene in timeline.scenes() if scene is not None]
-    messages = []
+    messages, types = [], []
     for attribute in rng.permutation(list(ATTRIBUTES))[: int(rng.integers(1, 3))]:
         last = rng.random() < 0.7
         question = (
@@ -356,12 +363,20 @@ def sample_conversation(rng: np.random.Generator, split: str, key: str) -> Clip:
         placeholder = "" if messages else "<|video|>"
         messages.append({"role": "user", "content": placeholder + question})
         messages.append({"role": "assistant", "content": answer_text(shown[-1 if last else 0], attribute)})
+        types.append("last_scene" if last else "first_scene")
     for attribute in rng.choice(list(ATTRIBUTES), 2):
         true = shown[-1].value(attribute)
         claimed = str(rng.choice([true, str(rng.choice([v for v in ATTRIBUTES[attribute] if v != true]))]))
         messages.append({"role": "user", "content": f"Is it {claimed} now?"})
         messages.append({"role": "assistant", "content": "Yes." if claimed == true else "No."})
-    sample = {"schema": "moss_train/conversation@1", "id": key, "media": [_video(timeline)], "messages": messages}
+        types.append("claim")
+    sample = {
+        "schema": "moss_train/conversation@1",
+        "id": key,
+        "media": [_video(timeline)],
+        "messages": messages,
+        "source_metadata": {"question_types": types},
+    }
     return Clip(key, sample, timeline)
 
 

@@ -6,6 +6,7 @@ annotate a video throughout.
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from moss_train.streams.importers.common import (
@@ -31,11 +32,19 @@ def activitynet_rows(loaded: Any) -> Iterator[tuple[str, Any]]:
     yield from dict_of(loaded, "file", "the file").items()
 
 
-def import_activitynet(row: tuple[str, Any], key: str, context: ImportContext) -> Imported:
-    """One video. Each sentence is said when its span is over (clipped to the video); spans may overlap.
+@dataclass(frozen=True)
+class SpanCaption:
+    """A sentence and the span of the video that it describes; `where` is its field of the row."""
 
-    A span and sentence listed twice count once. Raises SampleError for spans that start beyond the video or end before
-    they start.
+    span: tuple[float, float]  #: seconds; its end may lie beyond the video
+    text: str
+    where: str
+
+
+def activitynet_captions(row: tuple[str, Any], key: str) -> tuple[float, list[SpanCaption]]:
+    """Duration of a video in seconds and its captions, in the order of the row. A caption listed twice counts once.
+
+    Raises SampleError for spans that start beyond the video or end before they start, and when there is no caption.
     """
     video, entry = row
     entry = dict_of(entry, key, video)
@@ -44,18 +53,25 @@ def import_activitynet(row: tuple[str, Any], key: str, context: ImportContext) -
     spans = list_of(entry.get("timestamps"), key, f"{video}.timestamps")
     sentences = list_of(entry.get("sentences"), key, f"{video}.sentences")
     require(len(spans) == len(sentences), key, f"{video}.timestamps: {len(spans)} for {len(sentences)} sentences")
-    sayings, seen = [Saying("user", 0.0, TELL_EVENTS, "")], set()
+    captions: dict[tuple, SpanCaption] = {}
     for index, (span, sentence) in enumerate(zip(spans, sentences, strict=True)):
         where = f"{video}.timestamps[{index}]"
         start_s, end_s = span_of(span, key, where)
         require(start_s < duration_s, key, f"{where}: starts at {start_s} s, the video ends at {duration_s} s")
-        text = _sentence(text_of(sentence, key, f"{video}.sentences[{index}]"), key, f"{video}.sentences[{index}]")
-        if (start_s, end_s, text) in seen:
-            continue
-        seen.add((start_s, end_s, text))
-        end_s = min(end_s, duration_s)
-        sayings.append(Saying("assistant", end_s, text, where, (start_s, end_s)))
-    require(len(sayings) > 1, key, f"{video}.sentences: is empty; drop the row")
+        text = sentence_of(text_of(sentence, key, f"{video}.sentences[{index}]"), key, f"{video}.sentences[{index}]")
+        captions.setdefault((start_s, end_s, text), SpanCaption((start_s, end_s), text, where))
+    require(bool(captions), key, f"{video}.sentences: is empty; drop the row")
+    return duration_s, list(captions.values())
+
+
+def import_activitynet(row: tuple[str, Any], key: str, context: ImportContext) -> Imported:
+    """One video. Each sentence is said when its span is over (clipped to the video); spans may overlap."""
+    video = row[0]
+    duration_s, captions = activitynet_captions(row, key)
+    sayings = [Saying("user", 0.0, TELL_EVENTS, "")]
+    for caption in captions:
+        start_s, end_s = caption.span[0], min(caption.span[1], duration_s)
+        sayings.append(Saying("assistant", end_s, caption.text, caption.where, (start_s, end_s)))
     watch = Watch(context.fps, 0.0, duration_s)
     metadata = {"format": "activitynet", "video": video, "duration": duration_s}
     return stream_of(key, context.video(video, key), watch, hold_talk(sayings, watch, key), metadata)
@@ -87,7 +103,7 @@ def import_coin(row: tuple[str, Any], key: str, context: ImportContext) -> Impor
         segment = span_of(step.get("segment"), key, f"{where}.segment")
         inside = segment[0] < end_s and segment[1] >= start_s
         require(inside, key, f"{where}.segment: {list(segment)} lies outside the task [{start_s}, {end_s}]")
-        label = _sentence(text_of(step.get("label"), key, f"{where}.label"), key, f"{where}.label")
+        label = sentence_of(text_of(step.get("label"), key, f"{where}.label"), key, f"{where}.label")
         steps.append((segment, label, f"{where}.segment"))
     require(bool(steps), key, f"{video}.annotation: is empty; drop the row")
     sayings, last = [Saying("user", start_s, TELL_STEPS.format(task=task), "")], None
@@ -109,7 +125,7 @@ def _task_words(name: str) -> list[str]:
     return [word if len(word) > 1 and word.isupper() else word.lower() for word in words]
 
 
-def _sentence(text: str, key: str, where: str) -> str:
+def sentence_of(text: str, key: str, where: str) -> str:
     """The text on one line, with a capital and a full stop."""
     text = " ".join(text.split())
     require(bool(text), key, f"{where}: is blank; drop it with its times")
