@@ -35,6 +35,35 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask=None, causal
     return mixed.transpose(1, 2)
 
 
+#: Up to so many tokens, grouped queries are laid beside each other as if they were more tokens.
+_FEW_TOKENS = 16
+
+
+def attend_grouped(q_RLAD, keys_RBKD, values_RBKD, mask_RLK=None, causal: bool = False) -> torch.Tensor:
+    """Attention over keys and values that lie head by head, K of them, un-repeated; [R, L, A, D].
+
+    The A / B query heads that share a key head are put where tokens are, so that each key is read once for all of them:
+    twice as fast for one token as torch's own `enable_gqa`, which is used where there are many tokens and a mask.
+    """
+    heads, key_heads = q_RLAD.shape[2], keys_RBKD.shape[1]
+    few = mask_RLK is None or q_RLAD.shape[1] <= _FEW_TOKENS
+    if heads == key_heads or causal or not few:
+        mixed = F.scaled_dot_product_attention(
+            q_RLAD.transpose(1, 2),
+            keys_RBKD,
+            values_RBKD,
+            attn_mask=None if mask_RLK is None else mask_RLK[:, None],
+            is_causal=causal,
+            enable_gqa=heads != key_heads,
+        )
+        return mixed.transpose(1, 2)
+    shares = heads // key_heads
+    q = q_RLAD.unflatten(2, (key_heads, shares)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    mask = None if mask_RLK is None else mask_RLK.repeat(1, shares, 1)[:, None]
+    mixed = F.scaled_dot_product_attention(q, keys_RBKD, values_RBKD, attn_mask=mask)
+    return mixed.unflatten(2, (shares, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
 def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """`x[index]` along the first dimension; its backward pass is an index_add, several times faster than index_put."""
     return x.index_select(0, index.flatten()).unflatten(0, index.shape)

@@ -31,16 +31,20 @@ def part_of(config: ModelConfig, layout: LayoutConfig, pipeline_rank: int) -> Mo
     ends = [0]
     for layers in split_layers(config, layout):
         ends.append(ends[-1] + layers)
-    if layout.dualpipev:
-        numbers = [pipeline_rank, layout.chunks - 1 - pipeline_rank]
-    else:
-        numbers = [virtual * layout.pp + pipeline_rank for virtual in range(layout.vpp)]
+    numbers = [number for number in range(layout.chunks) if stage_of_chunk(layout, number) == pipeline_rank]
     return ModelPart(
         encoder=pipeline_rank == 0 or layout.sharding == "model_parallel",
         embedding=pipeline_rank == 0,
         chunks=tuple((ends[number], ends[number + 1]) for number in numbers),
         head=pipeline_rank == layout.last_stage,
     )
+
+
+def stage_of_chunk(layout: LayoutConfig, number: int) -> int:
+    """The stage that holds chunk `number`, in the order in which they run."""
+    if layout.dualpipev:
+        return min(number, layout.chunks - 1 - number)
+    return number % layout.pp
 
 
 def split_layers(config: ModelConfig, layout: LayoutConfig) -> list[int]:

@@ -1,102 +1,152 @@
 """Incremental use of the model: streams that grow token by token and frame by frame, with cached keys and values.
 
 A frame's keys and values depend on the frame and its position alone, so adding a frame costs one tower pass and
-never touches what was computed before; only a window drops frames, by not looking at them.
+never touches what was computed before; only a window drops frames. Positions are never rewritten: what is left in the
+caches is what training with the same window looked at (`frame_cache`, `text_cache`).
 
-Shape suffixes: R rows, N new frames, L new tokens, M tokens the cache holds, F frames the cache holds, P vision
-tokens of a frame, A query heads, B key/value heads, D head width, H decoder width, V rows of the head.
+In a parallel layout every process of a model-parallel group makes the same calls with the same arguments and gets the
+same logits: tensor-parallel processes hold their heads' caches and gather the vocabulary, pipeline stages hold their
+layers' caches, the first stage encodes frames and sends the features to all. Frames are not shared over `cp`
+processes, which all do the same. With sequence parallelism tokens are padded to a multiple of the processes.
+
+Shape suffixes: R rows, N new frames, L new tokens, P vision tokens of a frame, A query heads, B key/value heads, D
+head width, H decoder width, V rows of the head.
 """
 
-import torch
+from collections.abc import Sequence
 
-from moss_train.model.attention import _attend
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from moss_train.model.frame_cache import FrameCache, FramePlan, KeepAll, KeepPolicy, KeepWindow
 from moss_train.model.layers import CrossLayer, LayerInputs
+from moss_train.model.parts import stage_of_chunk
+from moss_train.model.text_cache import TextCache, TextPlan
+from moss_train.parallel.groups import ParallelState, state
+from moss_train.streams.sight import Sight
 
 
 class _CachedAttention:
-    """The attention backend over the caches of `state`, for the tokens of one `extend` call."""
+    """The attention backend over the caches, for the tokens of one `extend` call."""
 
-    def __init__(self, state: "StreamState", lengths_R, self_mask_RLM, cross_mask_RLF):
-        self.state = state
-        self.lengths_R = lengths_R
-        self.self_mask_RLM = self_mask_RLM
-        self.cross_mask_RLF = cross_mask_RLF
+    def __init__(self, text: TextCache, text_plan: TextPlan, frames: FrameCache, frame_plan: FramePlan):
+        self._text, self._text_plan = text, text_plan
+        self._frames, self._frame_plan = frames, frame_plan
 
     def self_attention(self, layer, q_TRAD, k_TRBD, v_TRBD):
-        state = self.state
-        new_tokens = k_TRBD.shape[0]
-        offset_L = torch.arange(new_tokens, device=k_TRBD.device)
-        row, token = torch.nonzero(offset_L < self.lengths_R[:, None], as_tuple=True)
-        keys, values = state.self_cache[layer]
-        keys[row, state.tokens_R[row] + token] = k_TRBD[token, row]
-        values[row, state.tokens_R[row] + token] = v_TRBD[token, row]
-        used = self.self_mask_RLM.shape[-1]
-        mixed = _attend(q_TRAD.transpose(0, 1), keys[:, :used], values[:, :used], mask=self.self_mask_RLM[:, None])
-        return mixed.flatten(2).transpose(0, 1)
+        heads = (x.transpose(0, 1) for x in (q_TRAD, k_TRBD, v_TRBD))
+        return self._text.attend(layer, *heads, self._text_plan).flatten(2).transpose(0, 1)
 
     def cross_attention(self, layer, q_TRAD, k_NPBD, v_NPBD):
-        keys, values = self.state.cross_cache[layer]
-        used = self.cross_mask_RLF.shape[-1]
-        mask_RLK = self.cross_mask_RLF.repeat_interleave(keys.shape[2], dim=2)
-        blind_RL1 = ~mask_RLK.any(-1, keepdim=True)
-        mixed = _attend(
-            q_TRAD.transpose(0, 1),
-            keys[:, :used].flatten(1, 2),
-            values[:, :used].flatten(1, 2),
-            mask=(mask_RLK | blind_RL1)[:, None],
-        ).flatten(2)
-        return mixed.masked_fill(blind_RL1, 0.0).transpose(0, 1)
+        return self._frames.attend(layer, q_TRAD.transpose(0, 1), self._frame_plan).transpose(0, 1)
 
 
 class StreamState:
     """Caches of several streams. Use through `VideoModel.start_streams`, `add_frames` and `extend`."""
 
-    def __init__(self, model, rows: int, max_tokens: int, max_frames: int):
-        self.model = model
-        text = model.sizes.text
-        parameter = model.final_norm.weight
-        head_size = text.hidden_size // text.attention_heads
-        heads = model.decoder_layers[0].attention.key.weight.shape[0] // head_size
-        self.max_tokens, self.max_frames = max_tokens, max_frames
-        self.tokens_R = torch.zeros(rows, dtype=torch.int64, device=parameter.device)
-        self.frames_R = torch.zeros(rows, dtype=torch.int64, device=parameter.device)
-        #: of the tokens last fed, logits of "speak now"; None without a decision head
-        self.decisions_RL: torch.Tensor | None = None
-        self.self_cache, self.cross_cache = {}, {}
-        frame_tokens = model.sizes.tokens_per_frame
-        for layer in model.decoder_layers:
-            is_cross = isinstance(layer, CrossLayer)
-            shape = (rows, max_frames, frame_tokens) if is_cross else (rows, max_tokens)
-            cache = tuple(
-                torch.zeros(*shape, heads, head_size, dtype=parameter.dtype, device=parameter.device) for _ in range(2)
-            )
-            (self.cross_cache if is_cross else self.self_cache)[layer.index] = cache
+    def __init__(
+        self,
+        model,
+        rows: int,
+        max_tokens: int | None = None,
+        max_frames: int | None = None,
+        sight: Sight | None = None,
+        keep: KeepPolicy | None = None,
+        parallel: ParallelState | None = None,
+    ):
+        """`model`: what this process holds of it, all its chunks. `parallel`: the layout; null takes the groups that
+        are built when the model is a pipeline stage.
 
-    @torch.no_grad()
-    def add_frames(self, frames_NCHW: torch.Tensor, rows_N: torch.Tensor, positions_N: torch.Tensor) -> None:
-        """Append frame n to row `rows_N[n]` at rotary position `positions_N[n]`, in the order given.
+        `sight`: with its windows the caches are rings of that size; no token may look further back. `keep`: other
+        frames stay than those of `sight`. `max_tokens`, `max_frames`: most that a row takes in all; None: no bound.
+        """
+        self.model = model
+        self._parallel = parallel or (None if model.is_whole else state())
+        sizes, text = model.sizes, model.sizes.text
+        sight = sight or Sight()
+        parameter = next(model.parameters(), None)
+        self.device = state().device if parameter is None else parameter.device
+        self._dtype = model.config.params_dtype
+        like = torch.empty(0, dtype=self._dtype, device=self.device)
+        self._tensor_ranks = model.tensor_group.size()
+        self._heads = text.key_value_heads // self._tensor_ranks
+        head_size = text.hidden_size // text.attention_heads
+        keep = keep or (KeepAll() if sight.window is None else KeepWindow(sight.window, sight.sinks))
+        cross = [layer.index for layer in model.decoder_layers if isinstance(layer, CrossLayer)]
+        own = [layer.index for layer in model.decoder_layers if not isinstance(layer, CrossLayer)]
+        self.frames = FrameCache(
+            cross, rows, self._heads, sizes.tokens_per_frame, head_size, keep, max_frames, like
+        )
+        self.text = TextCache(own, rows, self._heads, head_size, sight.text_window, sight.text_sinks, max_tokens, like)
+
+    @property
+    def tokens_R(self) -> np.ndarray:
+        """Tokens fed to each row so far."""
+        return self.text.tokens_R
+
+    @property
+    def frames_R(self) -> np.ndarray:
+        """Frames added to each row so far."""
+        return self.frames.frames_R
+
+    def cache_bytes(self) -> int:
+        """Bytes of this process's caches as they are allocated."""
+        caches = [*self.frames.of_layer.values(), *self.text.of_layer.values()]
+        return sum(x.numel() * x.element_size() for pair in caches for x in pair)
+
+    @torch.inference_mode()
+    def encode(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
+        """Features [N, P, H] of frames, uint8 [N, C, H, W], for `add_features`; the caches are not touched, so it may
+        run while `extend` does. Tensor-parallel processes share the frames."""
+        frames_NCHW = frames_NCHW.to(self.device)
+        sizes = self.model.sizes
+        shape = (len(frames_NCHW), sizes.tokens_per_frame, sizes.text.hidden_size)
+        if self._encodes():
+            features = self._encode_shared(frames_NCHW, shape)
+        else:
+            features = torch.empty(shape, dtype=self._dtype, device=self.device)
+        return self._from_stage(0, features)
+
+    def _encodes(self) -> bool:
+        return self._parallel is None or self._parallel.pipeline_rank == 0
+
+    def _encode_shared(self, frames_NCHW: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+        if self._tensor_ranks == 1 or len(frames_NCHW) == 1:
+            return self.model.encode_frames(frames_NCHW)
+        share = -(-len(frames_NCHW) // self._tensor_ranks)
+        mine = frames_NCHW[self.model.tensor_group.rank() * share :][:share]
+        own = torch.zeros(share, *shape[1:], dtype=self._dtype, device=self.device)
+        if len(mine):
+            own[: len(mine)] = self.model.encode_frames(mine)
+        everyone = own.new_empty(share * self._tensor_ranks, *shape[1:])
+        dist.all_gather_into_tensor(everyone, own, group=self.model.tensor_group)
+        return everyone[: len(frames_NCHW)]
+
+    @torch.inference_mode()
+    def add_features(self, features_NPH: torch.Tensor, rows_N: torch.Tensor, positions_N: torch.Tensor) -> None:
+        """Append encoded frame n to row `rows_N[n]` at rotary position `positions_N[n]`, in the order given.
 
         Raises ValueError when a row would hold more than `max_frames` frames.
         """
-        if frames_NCHW.shape[0] == 0:
+        if not len(features_NPH):
             return
-        slots = []
-        for row in rows_N.tolist():
-            slots.append(int(self.frames_R[row]))
-            if slots[-1] >= self.max_frames:
-                raise ValueError(f"row {row} holds max_frames={self.max_frames} frames already")
-            self.frames_R[row] += 1
-        slots_N = torch.tensor(slots, device=rows_N.device)
-        features_1NPH = self.model.encode_frames(frames_NCHW)[None]
-        rotation = self.model.frame_rotation(positions_N[None])
+        rotation = self.model.frame_rotation(positions_N.to(self.device))
+        of_layer = {}
         for layer in self.model.decoder_layers:
-            if layer.index in self.cross_cache:
-                new_keys, new_values = layer.attention.keys_values(features_1NPH, rotation)
-                keys, values = self.cross_cache[layer.index]
-                keys[rows_N, slots_N] = new_keys[0]
-                values[rows_N, slots_N] = new_values[0]
+            if isinstance(layer, CrossLayer):
+                both = layer.attention.keys_values(features_NPH, rotation)
+                of_layer[layer.index] = tuple(x.transpose(1, 2) for x in both)
+        self.frames.stage(rows_N.tolist(), of_layer)
 
-    @torch.no_grad()
+    @torch.inference_mode()
+    def add_frames(self, frames_NCHW: torch.Tensor, rows_N: torch.Tensor, positions_N: torch.Tensor) -> None:
+        """Encode frames and append them, as `add_features` does."""
+        if len(frames_NCHW):
+            self.add_features(self.encode(frames_NCHW), rows_N, positions_N)
+
+    @torch.inference_mode()
     def extend(
         self,
         ids_RL,
@@ -108,43 +158,130 @@ class StreamState:
         cross_positions_RL=None,
         text_lo_RL=None,
         text_sinks: int = 0,
+        only_last: bool = False,
     ):
-        """Append `lengths_R[r]` (0 allowed) of the tokens `ids_RL[r]`; logits [R, L, V].
+        """Append `lengths_R[r]` (0 allowed) of the tokens `ids_RL[r]`; logits [R, L, V], or with `only_last` those of
+        each row's last token, [R, V].
 
         A token sees frames `[visible_lo, visible_hi)` and, below `visible_hi`, the first `sinks` frames;
         by default every frame added so far; and tokens from `text_lo` on, and the first `text_sinks`, by default all.
-        `cross_positions` are those among the frames, by default `positions`. Raises ValueError when a row would exceed
-        `max_tokens`.
+        `cross_positions` are those among the frames, by default `positions`. Ranges and lengths are read on the host:
+        give them as tensors of the CPU. Raises ValueError when a row would exceed `max_tokens`, or a token looks at
+        what left the caches.
         """
-        total_R = self.tokens_R + lengths_R
-        if int(total_R.max()) > self.max_tokens:
-            raise ValueError(f"a row would hold {int(total_R.max())} tokens, more than max_tokens={self.max_tokens}")
-        device, new_tokens = ids_RL.device, ids_RL.shape[1]
-        if visible_hi_RL is None:
-            visible_hi_RL = self.frames_R[:, None].expand(-1, new_tokens)
-        if visible_lo_RL is None:
-            visible_lo_RL = torch.zeros_like(visible_hi_RL)
-        offset_L = torch.arange(new_tokens, device=device)
-        last_RL1 = (self.tokens_R[:, None] + offset_L)[..., None]
-        token_M = torch.arange(int(total_R.max()), device=device)
-        self_mask_RLM = token_M <= last_RL1
-        if text_lo_RL is not None:
-            self_mask_RLM = self_mask_RLM & ((token_M >= text_lo_RL[..., None]) | (token_M < text_sinks))
-        frame_F = torch.arange(int(self.frames_R.max()), device=device)
-        lo, hi = visible_lo_RL[..., None], visible_hi_RL[..., None]
-        cross_mask_RLF = (frame_F < hi) & ((frame_F >= lo) | (frame_F < sinks))
-        sees_TR1 = cross_mask_RLF.any(-1).T[..., None]
+        asked = ids_RL.shape[1]
+        if self.model.config.sequence_parallel:
+            pad = -asked % self._tensor_ranks
+            ids_RL, positions_RL, cross_positions_RL, text_lo_RL, visible_lo_RL, visible_hi_RL = (
+                None if x is None else F.pad(x, (0, pad))
+                for x in (ids_RL, positions_RL, cross_positions_RL, text_lo_RL, visible_lo_RL, visible_hi_RL)
+            )
+        ids_RL, positions_RL = ids_RL.to(self.device), positions_RL.to(self.device)
+        lengths_R, new_tokens = _host(lengths_R), ids_RL.shape[1]
+        hi_RL = np.repeat(self.frames_R[:, None], new_tokens, 1) if visible_hi_RL is None else _host(visible_hi_RL)
+        lo_RL = np.zeros_like(hi_RL) if visible_lo_RL is None else _host(visible_lo_RL)
+        text_lo_RL = None if text_lo_RL is None else _host(text_lo_RL)
+        any_frame = bool(self.frames_R.any())
+        # The text first: it refuses without having changed anything.
+        text_plan = self.text.plan(lengths_R, text_lo_RL, text_sinks, new_tokens)
+        frame_plan = self.frames.plan(lengths_R, lo_RL, hi_RL, sinks)
+        cross_RL = positions_RL if cross_positions_RL is None else cross_positions_RL.to(self.device)
+        sees_TR1 = torch.from_numpy(frame_plan.sees_RL.T[..., None]).to(self.device) if any_frame else None
         inputs = LayerInputs(
-            backend=_CachedAttention(self, lengths_R, self_mask_RLM, cross_mask_RLF),
+            backend=_CachedAttention(self.text, text_plan, self.frames, frame_plan),
             text_rotation=self.model.text_rotation(positions_RL.T),
-            cross_rotation=self.model.text_rotation(
-                (positions_RL if cross_positions_RL is None else cross_positions_RL).T
-            ),
+            cross_rotation=self.model.text_rotation(cross_RL.T),
             frame_rotation=self.model.frame_rotation(positions_RL[:, :0]),
             features_NPH=None,
-            sees_frames_TR1=sees_TR1 if len(frame_F) else None,
+            sees_frames_TR1=sees_TR1 if sees_TR1 is None else self._own_tokens(sees_TR1),
         )
-        predictions = self.model.predict(ids_RL.T, inputs)
-        self.decisions_RL = None if predictions.decisions_TR is None else predictions.decisions_TR.T
-        self.tokens_R = total_R
-        return predictions.logits_TRV.transpose(0, 1)
+        last_R = torch.from_numpy(np.maximum(lengths_R - 1, 0)).to(self.device) if only_last else None
+        x_TRH = self._run(ids_RL, inputs)
+        logits_LRV = self._logits(x_TRH, last_R, ids_RL.shape)
+        self.text.tokens_R = self.text.tokens_R + lengths_R
+        return logits_LRV[0] if only_last else logits_LRV[:asked].transpose(0, 1)
+
+    def _run(self, ids_RL: torch.Tensor, inputs: LayerInputs) -> torch.Tensor | None:
+        """Hidden states after the last layer, where that is held; [T, R, H], with sequence parallelism this process's
+        share of the tokens."""
+        model = self.model
+        x_TRH, mine = None, iter(model.part.chunks)
+        for number in range(self._chunks):
+            if not self._is_here(number):
+                continue
+            if number == 0:
+                x_TRH = model.embedding(ids_RL.T)
+            elif not self._is_here(number - 1):
+                x_TRH = self._receive(number - 1, ids_RL.shape)
+            for index in range(*next(mine)):
+                x_TRH = model.layers[str(index)](x_TRH, inputs, model.recompute)
+            if number + 1 < self._chunks and not self._is_here(number + 1):
+                dist.send(x_TRH.contiguous(), self._rank_of(number + 1), self._parallel.pipeline_group)
+        return x_TRH if model.part.head else None
+
+    def _logits(self, x_TRH: torch.Tensor | None, last_R: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
+        """Logits [L, R, V], or of the last tokens [1, R, V], on every process."""
+        model, split = self.model, self.model.config.sequence_parallel
+        rows, tokens = shape
+        if x_TRH is None:
+            out = (tokens if last_R is None else 1, rows, model.sizes.text.vocabulary_size)
+            room = torch.empty(out, dtype=self._dtype, device=self.device)
+            return self._from_stage(self._parallel.layout.last_stage, room)
+        x_TRH = model.final_norm(x_TRH)
+        if last_R is not None:
+            if split:
+                x_TRH = _gathered(x_TRH, 0, model.tensor_group)
+            x_TRH = x_TRH[last_R, torch.arange(rows, device=self.device)][None]
+        logits = _gathered(model.head(x_TRH)[0], -1, model.tensor_group)
+        # With sequence parallelism the head takes its input for a share of the tokens and joins the shares.
+        logits = logits[:1] if last_R is not None and split else logits
+        return self._from_stage(0 if self._parallel is None else self._parallel.layout.last_stage, logits)
+
+    def _own_tokens(self, x_TR1: torch.Tensor) -> torch.Tensor:
+        if not self.model.config.sequence_parallel:
+            return x_TR1
+        return x_TR1.chunk(self._tensor_ranks)[self.model.tensor_group.rank()]
+
+    # Pipeline stages. Chunks are numbered in the order in which they run.
+
+    @property
+    def _chunks(self) -> int:
+        return 1 if self._parallel is None else self._parallel.layout.chunks
+
+    def _is_here(self, number: int) -> bool:
+        if self._parallel is None:
+            return True
+        return stage_of_chunk(self._parallel.layout, number) == self._parallel.pipeline_rank
+
+    def _rank_of(self, number: int) -> int:
+        return dist.get_global_rank(
+            self._parallel.pipeline_group, stage_of_chunk(self._parallel.layout, number)
+        )
+
+    def _receive(self, number: int, shape: torch.Size) -> torch.Tensor:
+        rows, tokens = shape
+        tokens = tokens // self._tensor_ranks if self.model.config.sequence_parallel else tokens
+        x_TRH = torch.empty(tokens, rows, self.model.sizes.text.hidden_size, dtype=self._dtype, device=self.device)
+        dist.recv(x_TRH, self._rank_of(number), self._parallel.pipeline_group)
+        return x_TRH
+
+    def _from_stage(self, stage: int, x: torch.Tensor) -> torch.Tensor:
+        """What `stage` holds, on every stage; `x` is that, or room for it."""
+        if self._parallel is None or self._parallel.pipeline_ranks == 1:
+            return x
+        x = x.contiguous()
+        dist.broadcast(x, dist.get_global_rank(self._parallel.pipeline_group, stage), self._parallel.pipeline_group)
+        return x
+
+
+def _host(x: torch.Tensor | Sequence[int]) -> np.ndarray:
+    return (x.cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)).astype(np.int64)
+
+
+def _gathered(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """The parts of all processes of `group` joined along `dim`."""
+    if group.size() == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts, dim)

@@ -301,11 +301,12 @@ class VideoModel(nn.Module):
 
     # Incremental use, see model/streaming.py.
 
-    def start_streams(self, rows: int, max_tokens: int, max_frames: int):
-        """Empty caches for `rows` streams that grow token by token and frame by frame."""
+    def start_streams(self, rows: int, max_tokens: int | None = None, max_frames: int | None = None, **options):
+        """Empty caches for `rows` streams that grow token by token and frame by frame. Arguments of `StreamState`; in a
+        parallel layout every process of the model-parallel group calls this and what follows alike."""
         from moss_train.model.streaming import StreamState
 
-        return StreamState(self, rows, max_tokens, max_frames)
+        return StreamState(self, rows, max_tokens, max_frames, **options)
 
     def add_frames(self, state, frames_NCHW: torch.Tensor, rows_N: torch.Tensor, positions_N: torch.Tensor) -> None:
         """Encode frames and append their keys and values to the caches of their rows."""
