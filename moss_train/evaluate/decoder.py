@@ -29,6 +29,7 @@ import torch
 from moss_train.errors import ConfigError
 from moss_train.evaluate.config import DecodeConfig
 from moss_train.evaluate.schedule import Schedule, Step
+from moss_train.model.frame_cache import KeepPolicy
 from moss_train.streams.config import CompilerConfig
 from moss_train.streams.sight import Sight
 from moss_train.streams.template import TurnTemplate
@@ -67,12 +68,17 @@ class StreamingDecoder:
     """A batch of streams that run side by side. Rows are independent; a row may pause while others go on.
 
     Args:
-        model: has `start_streams`, `add_frames` and `extend` (see `model/streaming.py`), in evaluation mode.
+        model: has `start_streams`, `add_frames` and `extend` (see `model/streaming.py`), in evaluation mode; what this
+            process holds of it.
         tokenizer: turns texts into ids.
         compiler: how streams are compiled; gives the rate of speech, the window and the sinks.
         systems: the system prompt of each row; their number is the number of rows.
-        max_tokens: most tokens of any row, replies included; see `most_tokens`.
-        max_frames: most frames of any row.
+        max_tokens: most tokens of any row, replies included; see `most_tokens`. None: no bound.
+        max_frames: most frames of any row. None: no bound.
+        choose: logits [R, V] to tokens [R]; None takes the most probable.
+        keep: which frames stay in the cache; None: those of the compiler's window and sinks.
+
+    In a parallel layout each process of a model-parallel group runs one, all with the same calls in the same order.
     """
 
     def __init__(
@@ -81,9 +87,11 @@ class StreamingDecoder:
         tokenizer: StreamTokenizer,
         compiler: CompilerConfig,
         systems: Sequence[str | None],
-        max_tokens: int,
-        max_frames: int,
+        max_tokens: int | None,
+        max_frames: int | None,
         config: DecodeConfig | None = None,
+        choose: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        keep: KeepPolicy | None = None,
     ):
         self._model = model
         self._tokenizer = tokenizer
@@ -92,7 +100,8 @@ class StreamingDecoder:
         self._sight = Sight.of(compiler)
         self._config = config or DecodeConfig()
         self._rows = [_Row(system) for system in systems]
-        self._state = model.start_streams(len(systems), max_tokens, max_frames)
+        self._choose_from = choose or (lambda logits_RV: logits_RV.argmax(-1))
+        self._state = model.start_streams(len(systems), max_tokens, max_frames, sight=self._sight, keep=keep)
         self._device = next(model.parameters()).device
         self._silence = tokenizer.special.silence
         self._blocked = compiler.perceive == "blocked"
@@ -161,6 +170,55 @@ class StreamingDecoder:
             if not output.ends:  # cut at the end of its turn
                 state.missed, state.running = len(said) - 1, False
 
+    # Step by step, for streams whose events are not known beforehand (`conversation`): what arrives is queued, and what
+    # is queued is fed when a prediction is asked for.
+
+    def encode(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
+        """Features of frames, for `put_frames`; may run in another thread than all else."""
+        return self._model.encode_new_frames(self._state, frames_NCHW)
+
+    def put_frames(self, row: int, features_NPH: torch.Tensor, between: Sequence[int] = ()) -> None:
+        """Frames have arrived: their anchors are queued, with the tokens `between` two of them."""
+        positions = []
+        for number in range(len(features_NPH)):
+            if number:
+                self._queue(row, between)
+            positions.append(self._put_anchors([row]))
+        self._model.add_features(self._state, features_NPH, torch.tensor([row] * len(positions)), torch.cat(positions))
+
+    def put_turn(self, row: int, text: str) -> None:
+        """A user turn is queued; it cuts a running reply, and opens the row when it is the first."""
+        self._open_turn(row, text)
+
+    def put_tokens(self, row: int, ids: Sequence[int]) -> None:
+        """Tokens are queued: what the model says, or a silence."""
+        self._queue(row, ids)
+
+    @torch.inference_mode()
+    def predict(self, row: int, running: bool, deciding: bool) -> tuple[int, float]:
+        """Feed what is queued; the next token and P(silence). `running`: a reply goes on. `deciding`: at the start of a
+        slot, where a think unit may come first; it is fed and not told."""
+        state = self._rows[row]
+        state.running, state.may_think = running, self._thinks and deciding
+        while True:
+            (token,), (silence,) = self._choose([row], *self._feed([row]), [deciding])
+            if not self._think(row, token):
+                state.may_think = False
+                return token, silence
+
+    def is_open(self, row: int) -> bool:
+        """Whether a first turn was put."""
+        state = self._rows[row]
+        return bool(state.length or state.pending)
+
+    def is_waiting(self, row: int) -> bool:
+        """Whether tokens are queued."""
+        return bool(self._rows[row].pending)
+
+    def frames_of(self, row: int) -> int:
+        """Frames that have arrived in a row."""
+        return self._rows[row].frames
+
     def _budget(self, row: int, step: Step) -> int:
         """How many tokens may be said in the slot: what the rate of speech leaves, but at least one."""
         state = self._rows[row]
@@ -176,26 +234,26 @@ class StreamingDecoder:
 
     def _open_turn(self, row: int, text: str) -> None:
         state = self._rows[row]
-        opened = state.length > 0
+        opened = state.length > 0 or bool(state.pending)
         ids = self._template.close_turn() if opened else self._template.system_prefix(state.system)
         self._queue(row, [*ids, *self._template.user_turn(text)])
         state.running, state.missed = False, 0
 
     def _add_frames(self, rows: Sequence[int], frames_CHW: Sequence[torch.Tensor]) -> None:
-        anchor = self._tokenizer.special.anchor
+        positions_N = self._put_anchors(rows)
+        pictures = torch.stack(list(frames_CHW)).to(self._device)
+        self._model.add_frames(self._state, pictures, torch.tensor(list(rows)), positions_N)
+
+    def _put_anchors(self, rows: Sequence[int]) -> torch.Tensor:
+        """An anchor joins what waits in each of `rows`; the rotary positions of the frames."""
         positions = []
         for row in rows:
             state = self._rows[row]
             places = self._sight.places(np.array([True]), state.length + len(state.pending), state.frames)
             positions.append(int(places.frame_positions[0]))
             state.frames += 1
-            self._queue(row, [anchor])
-        self._model.add_frames(
-            self._state,
-            torch.stack(list(frames_CHW)).to(self._device),
-            torch.tensor(list(rows), device=self._device),
-            torch.tensor(positions, device=self._device),
-        )
+            self._queue(row, [self._tokenizer.special.anchor])
+        return torch.tensor(positions)
 
     def _queue(self, row: int, ids: Sequence[int]) -> None:
         self._rows[row].pending += ids
@@ -221,24 +279,27 @@ class StreamingDecoder:
             state.length += count
             ends_in_anchor.append(bool(is_anchor[-1]))
             state.pending = []
-        last_R = torch.from_numpy(lengths_R[list(rows)] - 1).to(self._device)
-        logits_RLV = self._model.extend(
+        # ranges and lengths stay on the CPU, where the caches read them
+        logits_RV = self._model.extend(
             self._state,
-            *(torch.from_numpy(array).to(self._device) for array in (ids_RL, positions_RL, lengths_R)),
-            visible_lo_RL=torch.from_numpy(lo_RL).to(self._device),
-            visible_hi_RL=torch.from_numpy(hi_RL).to(self._device),
+            torch.from_numpy(ids_RL).to(self._device),
+            torch.from_numpy(positions_RL).to(self._device),
+            torch.from_numpy(lengths_R),
+            visible_lo_RL=torch.from_numpy(lo_RL),
+            visible_hi_RL=torch.from_numpy(hi_RL),
             sinks=self._sight.sinks,
             cross_positions_RL=torch.from_numpy(cross_RL).to(self._device),
-            text_lo_RL=torch.from_numpy(text_lo_RL).to(self._device),
+            text_lo_RL=torch.from_numpy(text_lo_RL),
             text_sinks=self._sight.text_sinks,
+            only_last=True,
         )
-        last = torch.tensor(list(rows), device=self._device), last_R
+        asked = torch.tensor(list(rows), device=self._device)
         if self._config.decide_by == "tokens":
-            return logits_RLV[last], None
+            return logits_RV[asked], None
         if self._state.decisions_RL is None:
             raise ConfigError("decode.decide_by=head: the model has no decision head; set decode.decide_by=tokens")
-        asked_R = torch.tensor(ends_in_anchor, device=self._device)
-        return logits_RLV[last], self._state.decisions_RL[last].sigmoid().masked_fill(~asked_R, torch.nan)
+        at_frame_R = torch.tensor(ends_in_anchor, device=self._device)
+        return logits_RV[asked], self._state.decisions_RL[asked, -1].sigmoid().masked_fill(~at_frame_R, torch.nan)
 
     def _reply(
         self, rows: list[int], budgets: Mapping[int, int], on_token: Callable[[int, int], None]
@@ -300,7 +361,7 @@ class StreamingDecoder:
         silence_R = logits_RV.softmax(-1)[:, self._silence]
         if self._thinks:
             self._allow_thoughts(rows, raw_RV, logits_RV)
-        tokens_R = logits_RV.argmax(-1)
+        tokens_R = self._choose_from(logits_RV)
         threshold = self._config.speak_threshold
         if any(deciding) and (threshold is not None or speak_R is not None):
             idle = [
@@ -315,7 +376,8 @@ class StreamingDecoder:
                 half = self._config.head_threshold
                 is_silent_R = speak_R < (0.5 if half is None else half)
                 silence_R = torch.where(idle_R, 1.0 - speak_R, silence_R)
-            text_R = logits_RV.index_fill(1, torch.tensor([self._silence], device=self._device), -torch.inf).argmax(-1)
+            silence = torch.tensor([self._silence], device=self._device)
+            text_R = self._choose_from(logits_RV.index_fill(1, silence, -torch.inf))
             tokens_R = torch.where(idle_R, text_R.masked_fill(is_silent_R, self._silence), tokens_R)
         return tokens_R.tolist(), silence_R.tolist()
 

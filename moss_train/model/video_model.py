@@ -312,6 +312,14 @@ class VideoModel(nn.Module):
         """Encode frames and append their keys and values to the caches of their rows."""
         state.add_frames(frames_NCHW, rows_N, positions_N)
 
+    def encode_new_frames(self, state, frames_NCHW: torch.Tensor) -> torch.Tensor:
+        """Features of frames for `add_features`, [N, P, H]; does not touch the caches."""
+        return state.encode(frames_NCHW)
+
+    def add_features(self, state, features_NPH: torch.Tensor, rows_N: torch.Tensor, positions_N: torch.Tensor) -> None:
+        """Append encoded frames to the caches of their rows."""
+        state.add_features(features_NPH, rows_N, positions_N)
+
     def extend(self, state, *arguments, **options):
         """Append `lengths_R[r]` tokens to row r; logits [R, L, V], meaningful for the first `lengths_R[r]` of row r.
         Arguments of `StreamState.extend`."""

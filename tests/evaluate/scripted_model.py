@@ -44,10 +44,11 @@ class ScriptedModel(torch.nn.Module):
         self.scripts, self.tokenizer, self.off_script = scripts, tokenizer, off_script
         self.fed = [0] * len(scripts)
         self.frames = [0] * len(scripts)
+        self.heard: list[list[int]] = [[] for _ in scripts]
         self.babble = tokenizer.encode("x")[0]
         self.extend_calls = 0
 
-    def start_streams(self, rows: int, max_tokens: int, max_frames: int) -> None:
+    def start_streams(self, rows: int, max_tokens: int | None, max_frames: int | None, sight=None, keep=None) -> None:
         assert rows == len(self.scripts)
         self.max_tokens, self.max_frames = max_tokens, max_frames
 
@@ -57,9 +58,16 @@ class ScriptedModel(torch.nn.Module):
                 assert position == self.scripts[row].frame_positions[self.frames[row]]
                 assert picture.flatten()[0] == self.frames[row], "the wrong picture"
             self.frames[row] += 1
-            assert self.frames[row] <= self.max_frames
+            assert self.max_frames is None or self.frames[row] <= self.max_frames
+
+    def encode_new_frames(self, state, frames_NCHW):
+        return frames_NCHW
+
+    def add_features(self, state, features, rows_N, positions_N) -> None:
+        self.add_frames(state, features, rows_N, positions_N)
 
     def extend(self, state, ids_RL, positions_RL, lengths_R, visible_lo_RL=None, visible_hi_RL=None, sinks=0, **more):
+        assert more.pop("only_last")
         self.extend_calls += 1
         ids, positions = ids_RL.tolist(), positions_RL.tolist()
         lo, hi = visible_lo_RL.tolist(), visible_hi_RL.tolist()
@@ -78,5 +86,7 @@ class ScriptedModel(torch.nn.Module):
                     label = self.babble if script.labels[at] == IGNORED_LABEL else int(script.labels[at])
                 logits_RLV[row, step, label] = 5.0
                 self.fed[row] += 1
-                assert self.fed[row] <= self.max_tokens
-        return logits_RLV
+                self.heard[row].append(ids[row][step])
+                assert self.max_tokens is None or self.fed[row] <= self.max_tokens
+        last_R = (lengths_R - 1).clamp(min=0)
+        return logits_RLV[torch.arange(len(last_R)), last_R]
