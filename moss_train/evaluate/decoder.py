@@ -181,8 +181,7 @@ class StreamingDecoder:
         """Frames have arrived: their anchors are queued, with the tokens `between` two of them."""
         positions = []
         for number in range(len(features_NPH)):
-            if number:
-                self._queue(row, between)
+            self._queue(row, between if number else ())
             positions.append(self._put_anchors([row]))
         self._model.add_features(self._state, features_NPH, torch.tensor([row] * len(positions)), torch.cat(positions))
 

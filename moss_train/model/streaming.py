@@ -76,9 +76,7 @@ class StreamState:
         keep = keep or (KeepAll() if sight.window is None else KeepWindow(sight.window, sight.sinks))
         cross = [layer.index for layer in model.decoder_layers if isinstance(layer, CrossLayer)]
         own = [layer.index for layer in model.decoder_layers if not isinstance(layer, CrossLayer)]
-        self.frames = FrameCache(
-            cross, rows, self._heads, sizes.tokens_per_frame, head_size, keep, max_frames, like
-        )
+        self.frames = FrameCache(cross, rows, self._heads, sizes.tokens_per_frame, head_size, keep, max_frames, like)
         self.text = TextCache(own, rows, self._heads, head_size, sight.text_window, sight.text_sinks, max_tokens, like)
 
     @property
@@ -254,9 +252,7 @@ class StreamState:
         return stage_of_chunk(self._parallel.layout, number) == self._parallel.pipeline_rank
 
     def _rank_of(self, number: int) -> int:
-        return dist.get_global_rank(
-            self._parallel.pipeline_group, stage_of_chunk(self._parallel.layout, number)
-        )
+        return dist.get_global_rank(self._parallel.pipeline_group, stage_of_chunk(self._parallel.layout, number))
 
     def _receive(self, number: int, shape: torch.Size) -> torch.Tensor:
         rows, tokens = shape

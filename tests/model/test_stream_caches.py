@@ -120,7 +120,9 @@ def test_one_token_reads_caches_as_they_lie(build, monkeypatch):
         state = model.start_streams(1, sight=sight)
         rows[0].ids[-1] = 5 if rows[0].ids[-1] == ANCHOR else rows[0].ids[-1]
         feed(model, state, rows, sight, lambda rng: 1)
-        stored = {x.untyped_storage().data_ptr() for c in (state.frames, state.text) for p in c.of_layer.values() for x in p}
+        stored = {
+            x.untyped_storage().data_ptr() for c in (state.frames, state.text) for p in c.of_layer.values() for x in p
+        }
         monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
         calls.clear()
         places = sight.places(np.array([False]), len(rows[0].ids), 8)

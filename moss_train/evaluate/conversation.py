@@ -1,0 +1,154 @@
+"""One stream that answers while it goes on: which tokens are fed when prompts and frames arrive at any time.
+
+The clock is the caller's, so the same rules hold live and in a test. What happens in one *tick* is fed in one step:
+
+    [the token just said] + prompts in order of arrival + frames by their time stamp
+
+* A prompt closes the running turn where it stands, and opens a user turn and the header of the next answer. Keys and
+  values stay.
+* A frame puts its anchor where the stream stands, in a running reply too, whose later tokens see it.
+* While nothing is said, every event but the last of a tick is followed by a silence: it gets no decision of its own.
+  In a running reply nothing stands between two frames.
+* After the last event the model decides: silence, or the reply's next token. After silence nothing is fed until an
+  event comes; the silence is fed with it. A pause is not an end.
+
+The first token after an event is due at once, a later one when the rate of speech allows it; one that is not due when
+an event comes is never said, the model decides anew. When every event has a tick of its own and ticks come when tokens
+are due, the row is the stream compiler's, token by token (`streams/timeline.py`).
+
+Shape suffixes: N frames, P vision tokens of a frame, H decoder width.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moss_train.evaluate.decoder import StreamingDecoder
+from moss_train.streams.tokenizer import StreamTokenizer
+
+
+@dataclass(frozen=True)
+class Said:
+    """Something that a stream put out."""
+
+    kind: str  #: "turn" (a prompt was read), "token", "silence" (at a decision, or behind a reply), "end", "error"
+    time_s: float  #: of the session's clock
+    frames: int  #: frames that had arrived in the stream by then
+    token: int | None = None
+    text: str = ""  #: letters that the token completes (a letter may take several), the prompt, or what went wrong
+    starts: bool = False  #: a reply's first token
+    ends: bool = False  #: the silence closes a reply
+
+
+@dataclass(frozen=True)
+class ArrivedFrame:
+    """A frame that is encoded."""
+
+    time_s: float
+    features_PH: torch.Tensor
+
+
+class Conversation:
+    """The row of one stream. Calls must not overlap."""
+
+    def __init__(
+        self,
+        decoder: StreamingDecoder,
+        tokenizer: StreamTokenizer,
+        tokens_per_second: float | None,
+        reply_tokens: int,
+        silence_after_prompt: bool = False,
+    ):
+        """`decoder` has one row. `tokens_per_second`: rate of speech, None: as fast as asked. `reply_tokens`: a reply
+        is closed by silence after so many. `silence_after_prompt`: a prompt is answered at the next frame at the
+        earliest."""
+        self._decoder, self._tokenizer = decoder, tokenizer
+        self._rate, self._reply_tokens = tokens_per_second, reply_tokens
+        self._silence_after_prompt = silence_after_prompt
+        self._silence = tokenizer.special.silence
+        self._next: int | None = None  #: predicted and not said yet
+        self._running = False  #: a reply goes on
+        self._reply_began_s = self._slot_began_s = 0.0
+        self._said: list[int] = []  #: of the running reply
+        self._shown = 0  #: letters of it that were put out
+        self._slot_tokens = 0
+        self.silence_probability = math.nan  #: of the last decision
+
+    @property
+    def due_s(self) -> float | None:
+        """When the next token is due; None while there is none to say."""
+        if self._next is None:
+            return None
+        if self._rate is None or not self._slot_tokens:
+            return self._slot_began_s
+        return self._reply_began_s + (len(self._said) + 1) / self._rate
+
+    @property
+    def is_speaking(self) -> bool:
+        """Whether a reply goes on."""
+        return self._running
+
+    def tick(self, now_s: float, prompts: Sequence[str] = (), frames: Sequence[ArrivedFrame] = ()) -> list[Said]:
+        """Say the next token if it is due, read what has arrived, and predict; what was put out, in order.
+
+        Frames are read by time stamp, those of the same time in the order given.
+        """
+        out: list[Said] = []
+        due_s = self.due_s
+        # A hair of tolerance, as where the compiler places tokens (`streams/timeline.py`).
+        if due_s is not None and due_s <= now_s + 1e-6 / (self._rate or 1.0):
+            out.append(self._say(now_s))
+        elif not prompts and not frames:
+            return out
+        self._next = None
+        if prompts or frames:
+            out += self._read(now_s, prompts, sorted(frames, key=lambda frame: frame.time_s))
+            self._slot_began_s, self._slot_tokens = now_s, 0
+        asked = bool(prompts) and not frames and self._silence_after_prompt
+        token, self.silence_probability = self._decoder.predict(0, self._running, deciding=not self._slot_tokens)
+        if asked or token == self._silence or len(self._said) >= self._reply_tokens:
+            out.append(self._be_silent(now_s))
+        else:
+            self._next = token
+        return out
+
+    def _say(self, now_s: float) -> Said:
+        token, starts = self._next, not self._running
+        if starts:
+            self._running, self._said, self._shown = True, [], 0
+            self._reply_began_s = self._slot_began_s
+        self._said.append(token)
+        self._slot_tokens += 1
+        self._decoder.put_tokens(0, [token])
+        text = self._tokenizer.decode(self._said)
+        # Until a letter is whole, its bytes decode to a replacement mark.
+        new = "" if text.endswith("\ufffd") else text[self._shown :]
+        self._shown += len(new)
+        return Said("token", now_s, self._decoder.frames_of(0), token, new, starts=starts)
+
+    def _be_silent(self, now_s: float) -> Said:
+        ends, self._running, self._said = self._running, False, []
+        self._decoder.put_tokens(0, [self._silence])
+        return Said("silence", now_s, self._decoder.frames_of(0), self._silence, ends=ends)
+
+    def _read(self, now_s: float, prompts: Sequence[str], frames: Sequence[ArrivedFrame]) -> list[Said]:
+        out = []
+        prompts = list(prompts)
+        if not prompts and not self._decoder.is_open(0):
+            self._put_turn("")  # a stream that nobody has spoken in yet, as in training
+            self._decoder.put_tokens(0, [self._silence])
+        for number, prompt in enumerate(prompts):
+            self._put_turn(prompt)
+            out.append(Said("turn", now_s, self._decoder.frames_of(0), text=prompt))
+            if number + 1 < len(prompts) or frames:
+                self._decoder.put_tokens(0, [self._silence])
+        if frames:
+            features_NPH = torch.stack([frame.features_PH for frame in frames])
+            self._decoder.put_frames(0, features_NPH, between=[] if self._running else [self._silence])
+        return out
+
+    def _put_turn(self, text: str) -> None:
+        self._decoder.put_turn(0, text)
+        self._running, self._said = False, []
