@@ -19,9 +19,8 @@ are due, the row is the stream compiler's, token by token (`streams/timeline.py`
 Shape suffixes: N frames, P vision tokens of a frame, H decoder width.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,13 +32,16 @@ from moss_train.streams.tokenizer import StreamTokenizer
 class Said:
     """Something that a stream put out."""
 
-    kind: str  #: "turn" (a prompt was read), "token", "silence" (at a decision, or behind a reply), "end", "error"
-    time_s: float  #: of the session's clock
+    #: "turn" (a prompt was read), "frame" (a frame was), "token", "silence" (decided, or behind a reply); "end" and
+    #: "error" come last
+    kind: str
+    time_s: float  #: of the session's clock; of a frame its time stamp
     frames: int  #: frames that had arrived in the stream by then
     token: int | None = None
     text: str = ""  #: letters that the token completes (a letter may take several), the prompt, or what went wrong
     starts: bool = False  #: a reply's first token
     ends: bool = False  #: the silence closes a reply
+    silence_probability: float | None = None  #: of the decision after a tick's last event, with what came of it
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,14 @@ class Conversation:
         tokenizer: StreamTokenizer,
         tokens_per_second: float | None,
         reply_tokens: int,
+        slot_tokens: int,
         silence_after_prompt: bool = False,
     ):
         """`decoder` has one row. `tokens_per_second`: rate of speech, None: as fast as asked. `reply_tokens`: a reply
-        is closed by silence after so many. `silence_after_prompt`: a prompt is answered at the next frame at the
+        is closed by silence after so many, `slot_tokens`: after so many since the latest event. `silence_after_prompt`: a prompt is answered at the next frame at the
         earliest."""
         self._decoder, self._tokenizer = decoder, tokenizer
-        self._rate, self._reply_tokens = tokens_per_second, reply_tokens
+        self._rate, self._reply_tokens, self._slot_tokens_most = tokens_per_second, reply_tokens, slot_tokens
         self._silence_after_prompt = silence_after_prompt
         self._silence = tokenizer.special.silence
         self._next: int | None = None  #: predicted and not said yet
@@ -74,7 +77,7 @@ class Conversation:
         self._said: list[int] = []  #: of the running reply
         self._shown = 0  #: letters of it that were put out
         self._slot_tokens = 0
-        self.silence_probability = math.nan  #: of the last decision
+        self._decided: float | None = None  #: P(silence) of a decision that nothing has come of yet
 
     @property
     def due_s(self) -> float | None:
@@ -107,8 +110,11 @@ class Conversation:
             out += self._read(now_s, prompts, sorted(frames, key=lambda frame: frame.time_s))
             self._slot_began_s, self._slot_tokens = now_s, 0
         asked = bool(prompts) and not frames and self._silence_after_prompt
-        token, self.silence_probability = self._decoder.predict(0, self._running, deciding=not self._slot_tokens)
-        if asked or token == self._silence or len(self._said) >= self._reply_tokens:
+        deciding = not self._slot_tokens
+        token, silence_probability = self._decoder.predict(0, self._running, deciding)
+        self._decided = silence_probability if deciding else None
+        enough = len(self._said) >= self._reply_tokens or self._slot_tokens >= self._slot_tokens_most
+        if asked or enough or token == self._silence:
             out.append(self._be_silent(now_s))
         else:
             self._next = token
@@ -126,12 +132,16 @@ class Conversation:
         # Until a letter is whole, its bytes decode to a replacement mark.
         new = "" if text.endswith("\ufffd") else text[self._shown :]
         self._shown += len(new)
-        return Said("token", now_s, self._decoder.frames_of(0), token, new, starts=starts)
+        return self._put_out(Said("token", now_s, self._decoder.frames_of(0), token, new, starts=starts))
 
     def _be_silent(self, now_s: float) -> Said:
         ends, self._running, self._said = self._running, False, []
         self._decoder.put_tokens(0, [self._silence])
-        return Said("silence", now_s, self._decoder.frames_of(0), self._silence, ends=ends)
+        return self._put_out(Said("silence", now_s, self._decoder.frames_of(0), self._silence, ends=ends))
+
+    def _put_out(self, said: Said) -> Said:
+        decided, self._decided = self._decided, None
+        return replace(said, silence_probability=decided)
 
     def _read(self, now_s: float, prompts: Sequence[str], frames: Sequence[ArrivedFrame]) -> list[Said]:
         out = []
@@ -146,7 +156,9 @@ class Conversation:
                 self._decoder.put_tokens(0, [self._silence])
         if frames:
             features_NPH = torch.stack([frame.features_PH for frame in frames])
+            before = self._decoder.frames_of(0)
             self._decoder.put_frames(0, features_NPH, between=[] if self._running else [self._silence])
+            out += [Said("frame", frame.time_s, before + n) for n, frame in enumerate(frames, 1)]
         return out
 
     def _put_turn(self, text: str) -> None:

@@ -218,6 +218,10 @@ class StreamingDecoder:
         """Frames that have arrived in a row."""
         return self._rows[row].frames
 
+    def cache_bytes(self) -> int:
+        """Bytes of the caches as they are allocated, of all rows."""
+        return self._state.cache_bytes()
+
     def _budget(self, row: int, step: Step) -> int:
         """How many tokens may be said in the slot: what the rate of speech leaves, but at least one."""
         state = self._rows[row]

@@ -48,6 +48,9 @@ class LiveConfig:
     """Hold the rate of speech; false says a reply as fast as the model can."""
     reply_tokens: int = 1024
     """A reply is closed after so many tokens."""
+    slot_tokens: int = 256
+    """A reply is closed after so many tokens since the latest frame or prompt: when nothing comes any more it must not
+    go on for long."""
     waiting_frames: int = 16
     """Frames that may wait to be seen; when one more comes, the oldest is dropped and counted. Those being encoded, and
     the encoded ones, may be as many again."""
@@ -60,7 +63,13 @@ class LiveConfig:
     """A prompt is answered at the next frame at the earliest, as by the reference's loop."""
 
     def validate(self) -> None:
-        for name, least in (("reply_tokens", 1), ("waiting_frames", 1), ("waiting_prompts", 1), ("waiting_tokens", 0)):
+        for name, least in (
+            ("reply_tokens", 1),
+            ("slot_tokens", 1),
+            ("waiting_frames", 1),
+            ("waiting_prompts", 1),
+            ("waiting_tokens", 0),
+        ):
             if getattr(self, name) < least:
                 raise ConfigError(f"live.{name}={getattr(self, name)}: must be at least {least}")
         if self.tokens_per_second is not None and self.tokens_per_second <= 0:
@@ -112,7 +121,12 @@ class LiveSession:
         )
         rate = (self.config.tokens_per_second or compiler.tokens_per_second) if self.config.paced else None
         self._conversation = Conversation(
-            self._decoder, tokenizer, rate, self.config.reply_tokens, self.config.silence_after_prompt
+            self._decoder,
+            tokenizer,
+            rate,
+            self.config.reply_tokens,
+            self.config.slot_tokens,
+            self.config.silence_after_prompt,
         )
         self._rate = rate
         self._size = model.sizes.vision.image_size if image_size is None else image_size
@@ -261,6 +275,10 @@ class LiveSession:
         for said in out:
             self.figures.said(said, self.now_s())
             self._put(said)
+
+    def cache_bytes(self) -> int:
+        """Bytes of the caches as they are allocated."""
+        return self._decoder.cache_bytes()
 
     # The threads.
 

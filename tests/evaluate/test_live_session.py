@@ -96,7 +96,7 @@ def test_a_frame_in_a_reply_is_seen_by_its_later_tokens():
     # the token of 0.75 s is not due at 0.7 s; the one after the anchor is due at once, then the rate holds
     assert after_header[-7:] == [babble, babble, special.anchor, babble, babble, babble, babble]
     kinds = [said.kind for said in fetched(session)]
-    assert kinds == ["turn", *["token"] * 6, "silence"], "a reply is closed after reply_tokens"
+    assert kinds == ["turn", "token", "token", "frame", *["token"] * 4, "silence"], "closed after reply_tokens"
 
 
 def test_prompts_interrupt_and_caches_stay(model):
@@ -251,6 +251,11 @@ def test_stop_breaks_off_and_a_listener_hears_the_end(model):
     listener.join(PATIENCE_S)
     assert not listener.is_alive() and heard[0].text == "Talk."
     session.stop()  # a second time does nothing
+    brief = LiveSession(talker, TOKENIZER, chatty, config=LiveConfig(slot_tokens=3), threads=False)
+    brief.ask("Talk.")
+    brief.advance(0.0)
+    brief.finish()
+    assert sum(said.kind == "token" for said in fetched(brief)) <= 3
     full = LiveSession(talker, TOKENIZER, compiler, config=LiveConfig(waiting_prompts=1), threads=False)
     full.ask("One.")
     with pytest.raises(queue.Full, match="1 prompts wait"):
