@@ -65,8 +65,8 @@ class Conversation:
         silence_after_prompt: bool = False,
     ):
         """`decoder` has one row. `tokens_per_second`: rate of speech, None: as fast as asked. `reply_tokens`: a reply
-        is closed by silence after so many, `slot_tokens`: after so many since the latest event. `silence_after_prompt`: a prompt is answered at the next frame at the
-        earliest."""
+        is closed by silence after so many, `slot_tokens`: after so many since the latest event.
+        `silence_after_prompt`: a prompt is answered at the next frame at the earliest."""
         self._decoder, self._tokenizer = decoder, tokenizer
         self._rate, self._reply_tokens, self._slot_tokens_most = tokens_per_second, reply_tokens, slot_tokens
         self._silence_after_prompt = silence_after_prompt

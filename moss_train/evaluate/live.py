@@ -4,9 +4,10 @@ Shape suffixes: F frames, C colour channels, H, W pixels.
 """
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -77,6 +78,7 @@ class LiveResult:
     latencies_s: list[float]  #: per frame: from when it is handed over until its slot is closed
     lags_s: list[float]  #: per frame: how late it was handed over, because the model was still busy
     clip_s: float
+    first_tokens_s: list[float] = field(default_factory=list)  #: per reply: from its prompt or frame to its first token
 
     def summary(self) -> str:
         ordered = sorted(self.latencies_s)
@@ -91,6 +93,8 @@ class LiveResult:
             f"{1e3 * worst:.0f} ms at the 95th percentile, {1e3 * ordered[-1]:.0f} ms at most; "
             f"busy {busy:.0%} of the clip's time"
         )
+        if self.first_tokens_s:
+            text += f"; first token after {1e3 * statistics.median(self.first_tokens_s):.0f} ms"
         lag = max(self.lags_s, default=0.0)
         return text + (f"; fell behind by up to {lag:.2f} s" if lag > 0.05 else "")
 
@@ -122,7 +126,7 @@ def play(
         max(1, schedule.frames),
         decode,
     )
-    outputs, latencies_s, lags_s = [], [], []
+    outputs, latencies_s, lags_s, first_tokens_s = [], [], [], []
     frame = 0
     began = now()
     for step in schedule.steps:
@@ -137,14 +141,22 @@ def play(
         else:
             pictures = {0: frames_FCHW[frame]}
             frame += 1
-        (output,) = decoder.step({0: step}, pictures, lambda _, token, step=step: audience.token(step, token)).values()
+        came_s: list[float] = []  # when the tokens of this slot came
+
+        def said(_: int, token: int, step: Step = step, came_s: list[float] = came_s) -> None:
+            came_s.append(now())
+            audience.token(step, token)
+
+        (output,) = decoder.step({0: step}, pictures, said).values()
+        if output.state == "speak":
+            first_tokens_s.append(came_s[0] - started)
         if step.user is None:
             latencies_s.append(now() - started)
             lags_s.append(max(0.0, started - due))
         audience.slot(step, output)
         outputs.append(output)
     audience.over()
-    return LiveResult(outputs, latencies_s, lags_s, schedule.steps[-1].time_s)
+    return LiveResult(outputs, latencies_s, lags_s, schedule.steps[-1].time_s, first_tokens_s)
 
 
 class LivePrinter:

@@ -40,9 +40,12 @@ class LiveFigures:
         self.encode_s = _Times()  #: scaling and encoding of a frame
         self.step_s = _Times()  #: the step in which frames or prompts were read
         self.lag_s = _Times()  #: of a frame, from when it was handed over until the model had decided on it
-        self.first_token_s = _Times()  #: of a reply, from the latest prompt that was not answered yet
+        #: of a reply's first token, from when the prompt or frame was handed over after which the model began to speak
+        self.first_token_s = _Times()
+        self.answer_s = _Times()  #: the same from the latest prompt, however long the model meant to wait
         self.between_tokens_s = _Times()
         self._asked_s: float | None = None
+        self._event_s = 0.0
         self._token_s: float | None = None
 
     def encoded(self, seconds: float) -> None:
@@ -55,6 +58,7 @@ class LiveFigures:
             self.lag_s.add(max(0.0, done_s - came_s))
         self.seen += len(frames_s)
         self.prompts += len(prompts_s)
+        self._event_s = max([*prompts_s, *frames_s])
         if prompts_s:
             self._asked_s = prompts_s[-1]
 
@@ -62,8 +66,10 @@ class LiveFigures:
         if said.kind == "token":
             self.tokens += 1
             self.replies += said.starts
-            if said.starts and self._asked_s is not None:
-                self.first_token_s.add(max(0.0, now_s - self._asked_s))
+            if said.starts:
+                self.first_token_s.add(max(0.0, now_s - self._event_s))
+                if self._asked_s is not None:
+                    self.answer_s.add(max(0.0, now_s - self._asked_s))
                 self._asked_s = None
             if not said.starts and self._token_s is not None:
                 self.between_tokens_s.add(max(0.0, now_s - self._token_s))
@@ -74,7 +80,7 @@ class LiveFigures:
     def to_json(self) -> dict[str, float]:
         """All of it; seconds."""
         counts = ("frames", "dropped", "seen", "prompts", "tokens", "replies", "silences")
-        times = ("encode_s", "step_s", "lag_s", "first_token_s", "between_tokens_s")
+        times = ("encode_s", "step_s", "lag_s", "first_token_s", "answer_s", "between_tokens_s")
         flat: dict[str, float] = {name: getattr(self, name) for name in counts}
         for name in times:
             flat |= {f"{name}.{part}": value for part, value in getattr(self, name).figures().items()}
@@ -93,9 +99,9 @@ class LiveFigures:
                 f"({1e3 * self.lag_s.percentile(0.95):.0f} ms at the 95th percentile)"
             )
         if self.first_token_s.count:
-            parts.append(f"first token {1e3 * self.first_token_s.percentile(0.5):.0f} ms after the prompt")
+            parts.append(f"first token {1e3 * self.first_token_s.percentile(0.5):.0f} ms after what it speaks about")
         if self.between_tokens_s.count:
-            parts.append(f"{1e3 * self.between_tokens_s.percentile(0.5):.1f} ms a token")
+            parts.append(f"{1e3 * self.between_tokens_s.percentile(0.5):.0f} ms between tokens")
         if self.dropped:
             parts.append(f"{self.dropped} frames were dropped, since others came faster than they could be seen")
         return "; ".join(parts)

@@ -3,24 +3,36 @@
 Shape suffixes: F frames, C colour channels, H, W pixels.
 """
 
+import math
 import re
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.text import Text
 
 from moss_train.data.corpus import load_source
 from moss_train.data.decoding.decode import decode_frames
 from moss_train.data.decoding.probe import probe_media
+from moss_train.data.live_sources import endless_pictures, folder_pictures, is_endless
 from moss_train.data.shards.index import KINDS
 from moss_train.errors import ConfigError, MossTrainError
 from moss_train.evaluate.config import DecodeConfig
 from moss_train.evaluate.live import LivePrinter, live_schedule, play
 from moss_train.report.caption_track import captions_of
 from moss_train.report.captions import caption_clip, check_save
+from moss_train.evaluate.play_live import LiveEvent, play_live
+from moss_train.evaluate.sampling import GenerationConfig
+from moss_train.evaluate.schedule import Schedule, Step
+from moss_train.evaluate.stream import LiveConfig, LiveSession
+from moss_train.model.video_model import VideoModel
+from moss_train.streams.config import CompilerConfig
 from moss_train.streams.schema import StreamSample
+from moss_train.streams.tokenizer import StreamTokenizer
 from moss_train.train.restore import load_model, stage_of
 
 _QUESTION_STARTS = re.compile(r"(?:^|;)\s*(\d+(?:\.\d+)?)\s*:")
@@ -33,7 +45,8 @@ class StreamOptions:
     ckpt: str
     """Checkpoint folder, or a stage's or run's folder, whose newest checkpoint is taken."""
     video: str
-    """The clip's file."""
+    """The clip's file; a folder of pictures, shown in the order of their names; or what has no known length: a URL
+    (`rtsp://…`, `http://…`, `file:…`) or a camera (`/dev/video0`), which Ctrl-C ends."""
     question: str | None = None
     """Asked at `ask_at_s`."""
     ask_at_s: float = 0.0
@@ -50,15 +63,32 @@ class StreamOptions:
     """The clip is cut after this many seconds."""
     save: str | None = None
     """Video file (`out.mp4`) to write: the clip at its own rate, and below it what was said; null writes none."""
+    window: int | None = None
+    """Frames that a token sees and the cache keeps; null: as in training, 0: all."""
+    sinks: int | None = None
+    """First frames that stay beside the window; null: as in training."""
+    text_window: int | None = None
+    """Tokens that a token sees and the cache keeps; null: as in training, 0: all."""
+    text_sinks: int | None = None
+    """First tokens that stay beside the text window; null: as in training."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     """How replies are read from predictions."""
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    """How tokens are drawn; the default takes the most probable one. Only while a clip is played in time (`speed`
+    above 0)."""
 
     def validate(self) -> None:
         self.decode.validate()
+        self.generation.validate()
         for name, holds, remedy in (
             ("speed", self.speed >= 0, "must not be negative; 0 is as fast as possible"),
             ("fps", self.fps is None or self.fps > 0, "must be above 0, or null"),
             ("max_seconds", self.max_seconds > 0, "must be above 0"),
+            (
+                "speed",
+                self.speed > 0 or not is_endless(self.video),
+                "a camera or a URL is played in time; set it above 0",
+            ),
             ("ask_at_s", self.ask_at_s >= 0, "must not be negative"),
         ):
             if not holds:
@@ -83,36 +113,107 @@ class StreamOptions:
 
 
 def stream_command(options: StreamOptions) -> int:
-    """Play a clip in real time and print what the model says; silence is a dot per frame.
+    """Play a clip in real time and print what the model says; silence is a dot per frame. What it took is printed last.
 
     Example: moss-train stream ckpt=outputs/quickstart video=clip.mp4 questions="2:What colour is it?"
     """
     video = Path(options.video)
-    if not video.is_file():
+    if not is_endless(options.video) and not video.exists():
         raise ConfigError(f"video={options.video}: there is no such file")
     model, tokenizer, run = load_model(options.ckpt)
-    compiler = run.stages[stage_of(options.ckpt)].compiler
+    compiler = served_compiler(options, run.stages[stage_of(options.ckpt)].compiler)
     system = options.system if options.system is not None else system_of(run.evaluate.source)
-    data = video.read_bytes()
-    probe = probe_media(data, video.name)
-    if probe.container == "image" or probe.duration_s <= 0:
-        raise ConfigError(f"video={options.video}: it is a {probe.codec} without length; give a video")
-    duration_s = min(probe.duration_s, options.max_seconds)
-    schedule, times_s = live_schedule(
-        video.name, options.asked(), system, options.fps or compiler.fps, duration_s, compiler, tokenizer
-    )
-    frames_FCHW = decode_frames(data, times_s, run.model.vision.image_size, key=video.name).frames
     console = Console(highlight=False)
+    printer = LivePrinter(console, tokenizer)
+    fps, size = options.fps or compiler.fps, run.model.vision.image_size
+    if is_endless(options.video):
+        console.print(Text(f"{options.video}: {fps:g} frames a second. Ctrl-C ends it.", "dim"), soft_wrap=True)
+        pictures = endless_pictures(options.video, fps, options.max_seconds)
+        result = play_live(
+            started_session(options, model, tokenizer, compiler, system, fps),
+            in_order(pictures, options.asked()),
+            printer,
+            options.speed,
+        )
+        console.print(Text(result.summary(), "dim"), soft_wrap=True)
+        return 0
+    if video.is_dir():
+        frames_FCHW = folder_pictures(video, size)[: max(1, int(options.max_seconds * fps))]
+        duration_s = len(frames_FCHW) / fps
+    else:
+        data = video.read_bytes()
+        probe = probe_media(data, video.name)
+        if probe.container == "image" or probe.duration_s <= 0:
+            raise ConfigError(f"video={options.video}: it is a {probe.codec} without length; give a video")
+        duration_s = min(probe.duration_s, options.max_seconds)
+    schedule, times_s = live_schedule(video.name, options.asked(), system, fps, duration_s, compiler, tokenizer)
+    if not video.is_dir():
+        frames_FCHW = decode_frames(data, times_s, size, key=video.name).frames
     shown = f"{video.name}: {duration_s:.1f} s, {len(times_s)} frames. A dot is a frame about which it is silent."
     console.print(Text(shown, "dim"), soft_wrap=True)
-    printer = LivePrinter(console, tokenizer)
-    result = play(model, tokenizer, compiler, schedule, frames_FCHW, options.speed, options.decode, printer)
+    if options.speed > 0:
+        session = started_session(options, model, tokenizer, compiler, system, fps)
+        result = play_live(session, events_of(schedule, frames_FCHW), printer, options.speed)
+    else:
+        result = play(model, tokenizer, compiler, schedule, frames_FCHW, options.speed, options.decode, printer)
     console.print(Text(result.summary(), "dim"), soft_wrap=True)
     if options.save is not None:
         events = captions_of(schedule.steps, result.outputs, tokenizer, compiler.tokens_per_second)
         count = caption_clip(Path(options.save), data, probe, events, duration_s)
         console.print(f"written to {options.save}, {count} pictures", markup=False)
     return 0
+
+
+def served_compiler(options: StreamOptions, trained: CompilerConfig) -> CompilerConfig:
+    """How the stream is laid out: as in training, but for the windows that the options change."""
+    changes = {
+        name: (value or None) if name in ("window", "text_window") else value
+        for name in ("window", "sinks", "text_window", "text_sinks")
+        if (value := getattr(options, name)) is not None
+    }
+    for window, sinks in (("window", "sinks"), ("text_window", "text_sinks")):
+        if window in changes and changes[window] is None:
+            changes.setdefault(sinks, 0)  # there is no window beside which they would stay
+    compiler = replace(trained, **changes)
+    compiler.validate()
+    return compiler
+
+
+def started_session(
+    options: StreamOptions,
+    model: VideoModel,
+    tokenizer: StreamTokenizer,
+    compiler: CompilerConfig,
+    system: str | None,
+    fps: float,
+) -> LiveSession:
+    """A live session whose clock runs at `options.speed`."""
+    in_a_slot = int(compiler.tokens_per_second / fps) + 1
+    config = LiveConfig(slot_tokens=max(options.decode.last_slot_tokens, 2 * in_a_slot))
+    return LiveSession(
+        model, tokenizer, compiler, system, config, options.decode, options.generation,
+        clock=lambda: time.monotonic() * options.speed,
+    )  # fmt: skip
+
+
+def events_of(schedule: Schedule, frames_FCHW: torch.Tensor) -> Iterator[LiveEvent]:
+    """The events of a clip with their pictures."""
+    frame = 0
+    for step in schedule.steps:
+        yield LiveEvent(step, None if step.user is not None else frames_FCHW[frame])
+        frame += step.user is None
+
+
+def in_order(
+    pictures: Iterable[tuple[float, np.ndarray]], questions: Sequence[tuple[float, str]]
+) -> Iterator[LiveEvent]:
+    """Pictures and questions as their times come; a question is asked just before the first picture after it."""
+    waiting = list(questions)
+    for time_s, picture in pictures:
+        while waiting and waiting[0][0] <= time_s:
+            asked_s, text = waiting.pop(0)
+            yield LiveEvent(Step(asked_s, math.inf, text))
+        yield LiveEvent(Step(time_s, math.inf, None), picture)
 
 
 def system_of(source: str | None) -> str | None:

@@ -1,0 +1,157 @@
+"""Events are handed to a live session when their time has come; who watches is told what becomes of them.
+
+Frames are encoded and seen while a reply goes on. What was said is put back into slots, one for each event, so that a
+live stream can be shown and scored like an evaluated one.
+"""
+
+import contextlib
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from moss_train.evaluate.conversation import Said
+from moss_train.evaluate.decoder import SlotOutput
+from moss_train.evaluate.live import Audience
+from moss_train.evaluate.live_figures import LiveFigures
+from moss_train.evaluate.schedule import Step
+from moss_train.evaluate.stream import LiveSession, Picture
+
+
+@dataclass(frozen=True)
+class LiveEvent:
+    """A frame arrives (`picture`), or the user speaks (`step.user`)."""
+
+    step: Step
+    picture: Picture | None = None
+
+
+@dataclass(frozen=True)
+class PlayedLive:
+    """What came of a live stream."""
+
+    steps: list[Step]  #: in the order in which they were handed over
+    outputs: list[SlotOutput]  #: what was said after each; silence after a frame that was dropped
+    figures: LiveFigures
+
+    def summary(self) -> str:
+        return self.figures.summary()
+
+
+def play_live(
+    session: LiveSession,
+    events: Iterable[LiveEvent],
+    audience: Audience,
+    speed: float = 1.0,
+    sleep: Callable[[float], None] = time.sleep,
+) -> PlayedLive:
+    """Hand over the events, in order, and wait until the last reply is over. The session's clock runs `speed` seconds
+    a second; an event whose time has passed is handed over at once."""
+    slots = _Slots(audience)
+    listener = threading.Thread(target=slots.listen, args=(session,), name="listen", daemon=True)
+    listener.start()
+    try:
+        for event in events:
+            left_s = (event.step.time_s - session.now_s()) / speed
+            if left_s > 0:
+                sleep(left_s)
+            slots.check()
+            slots.handed_over(event.step)
+            if event.picture is None:
+                session.ask(event.step.user or "")
+            else:
+                session.frame(event.picture, event.step.time_s)
+        session.finish()
+    except KeyboardInterrupt:  # how a stream without end is ended
+        session.stop()
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error goes on
+            session.stop()
+        raise
+    finally:
+        listener.join()
+    slots.check()
+    audience.over()
+    return PlayedLive(slots.steps, slots.outputs(), session.figures)
+
+
+class _Slots:
+    """Puts what is said to the event after which it is said. `listen` runs in a thread of its own."""
+
+    def __init__(self, audience: Audience):
+        self._audience = audience
+        self.steps: list[Step] = []
+        self._outputs: dict[int, SlotOutput] = {}
+        self._users: deque[int] = deque()  #: numbers of prompts that were not read yet
+        self._frames: dict[float, deque[int]] = {}  #: time stamp → numbers of frames that were not read yet
+        self._lock = threading.Lock()
+        self._error: BaseException | None = None
+
+    def handed_over(self, step: Step) -> None:
+        with self._lock:
+            number = len(self.steps)
+            self.steps.append(step)
+            waiting = self._users if step.user is not None else self._frames.setdefault(step.time_s, deque())
+            waiting.append(number)
+
+    def outputs(self) -> list[SlotOutput]:
+        return [self._outputs.get(number, _silent()) for number in range(len(self.steps))]
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def listen(self, session: LiveSession) -> None:
+        """Until the session is over."""
+        try:
+            self._listen(session)
+        except RuntimeError as error:  # of the session; raised where the stream was started
+            self._error = self._error or error
+
+    def _listen(self, session: LiveSession) -> None:
+        step, output, is_open = None, _silent(), False
+        for said in session.said():
+            if said.kind in ("turn", "frame"):
+                if is_open:
+                    self._tell(self._audience.slot, step, output)
+                (step, output), is_open = self._open(said), True
+                if said.kind == "turn":
+                    self._tell(self._audience.user, step)
+                continue
+            if said.silence_probability is not None:
+                output.silence_probability = said.silence_probability
+            if said.kind == "token":
+                if not output.ids:
+                    output.state = "speak" if said.starts else "continue"
+                output.ids.append(said.token)
+                self._tell(self._audience.token, step, said.token)
+            elif is_open:
+                output.ends, is_open = bool(output.ids), False
+                self._tell(self._audience.slot, step, output)
+        if is_open:
+            self._tell(self._audience.slot, step, output)
+
+    def _tell(self, audience: Callable, *what: object) -> None:
+        """An error of who watches must not keep speech waiting for room; it is raised where the stream was started."""
+        if self._error is None:
+            try:
+                audience(*what)
+            except Exception as error:
+                self._error = error
+
+    def _open(self, said: Said) -> tuple[Step, SlotOutput]:
+        with self._lock:
+            if said.kind == "turn":
+                number = self._users.popleft()
+            else:
+                waiting = self._frames[said.time_s]
+                number = waiting.popleft()
+                if not waiting:
+                    del self._frames[said.time_s]
+            return self.steps[number], self._outputs.setdefault(number, _silent())
+
+
+def _silent() -> SlotOutput:
+    return SlotOutput("silence", [], False, math.nan)
