@@ -42,6 +42,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench fuzz": ("moss_train.bench.fuzz:fuzz", "damaged and hostile inputs: nothing crashes, hangs or is lost"),
     "bench recovery": ("moss_train.bench.recovery:recovery", "killed at random and resumed: is a bit lost?"),
     "bench parallel": ("moss_train.bench.parallel:parallel", "time, bytes sent and memory of parallel layouts"),
+    "bench stream": (
+        "moss_train.bench.stream:stream",
+        "first tokens, rates and frame latency beside a decoder-only model",
+    ),
     "bench engines": ("moss_train.bench.engines:engines", "time, memory and bytes sent of each engine and ZeRO stage"),
     "doctor": ("moss_train.doctor:doctor", "versions, devices and what is missing"),
 }
