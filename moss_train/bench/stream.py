@@ -25,10 +25,12 @@ from moss_train.parallel import groups
 from moss_train.parallel.config import LayoutConfig
 from moss_train.streams.sight import Sight
 
-#: figure → bound; the last one is an upper bound
-TARGETS = {"ttft_cold_ratio": 5.0, "ttft_mid_ratio": 20.0, "tps_ratio": 2.7, "frame_latency_growth": 1.1}
+#: figure → least value
+AT_LEAST = {"ttft_cold_ratio": 5.0, "ttft_mid_ratio": 20.0, "tps_ratio": 2.7}
+#: figure → largest value
+AT_MOST = {"frame_latency_growth": 1.1, "cache_growth": 1.0}
 _OURS_VISION = 101  #: 560 pixels, patches of 14, pooled by 4, and the class token
-_TOWER_FRAMES = 8  #: timed at once
+_TOWER_FRAMES = 4  #: timed at once
 
 
 @dataclass
@@ -78,8 +80,8 @@ class StreamOptions:
     """Frame at which the latency of a frame is taken first,"""
     far: int = 4096
     """and last."""
-    repeats: int = 3
-    """Timed runs of each model, in turns; the median counts."""
+    repeats: int = 2
+    """Timed runs of each model, in turns; the median counts. One of the decoder-only model takes a minute."""
     threads: int | None = None
     """Threads of both; null: as many as there are processors."""
     device: str | None = None
@@ -157,7 +159,8 @@ def measure(sizes: StreamOptions, group: Any, device: torch.device, console: Con
     console.print(f"{device.type}, {dtype}, {torch.get_num_threads()} threads; decoder layers: ours "
                   f"{ours.parameters:,} parameters, theirs {theirs.parameters:,}", highlight=False)  # fmt: skip
     ours.tower_seconds(1)
-    tower_s = statistics.median(ours.tower_seconds(_TOWER_FRAMES) for _ in range(3)) / _TOWER_FRAMES * sizes.frames
+    tower_s = statistics.median(ours.tower_seconds(_TOWER_FRAMES) for _ in range(sizes.repeats))
+    tower_s *= sizes.frames / _TOWER_FRAMES
     console.print(f"tower and projector: {tower_s:.2f} s for {sizes.frames} frames", highlight=False)
     seconds: dict[str, list[float]] = {}
     for side in (ours, theirs):  # warm-up
@@ -219,10 +222,10 @@ def frame_latencies(ours: CrossAttending, sizes: StreamOptions, console: Console
     """Latency of a frame (its keys and values, its anchor's step; without the tower) near the stream's beginning and
     far from it, with windows, every frame on the way fed by itself, and without, the way fed in long pieces."""
     half = min(32, sizes.near // 2)
-    windowed = Sight(sizes.window, sizes.sinks, sizes.text_window, sizes.text_sinks)
-    ours.start(windowed)
+    ours.start(Sight(sizes.window, sizes.sinks, sizes.text_window, sizes.text_sinks))
+    at_first = ours.cache_bytes
     seconds = ours.frame_seconds(sizes.far + half)
-    before = ours.cache_bytes
+    windowed = ours.cache_bytes
     near_s, far_s = (statistics.median(seconds[at - half : at + half]) for at in (sizes.near, sizes.far))
     both = f"{1e3 * near_s:.2f} ms at frame {sizes.near}, {1e3 * far_s:.2f} ms at frame {sizes.far}"
     console.print(f"with windows: {both}", highlight=False)
@@ -236,8 +239,9 @@ def frame_latencies(ours: CrossAttending, sizes: StreamOptions, console: Console
         "frame_ms.far": 1e3 * far_s,
         "frame_ms.unbounded.near": 1e3 * unbounded[0],
         "frame_ms.unbounded.far": 1e3 * unbounded[1],
-        "windowed.cache_mb": before / 1e6,
+        "windowed.cache_mb": windowed / 1e6,
         "unbounded.cache_mb": ours.cache_bytes / 1e6,
+        "cache_growth": windowed / at_first,
         "frame_latency_growth": far_s / near_s,
         "frame_latency_growth.unbounded": unbounded[1] / unbounded[0],
     }
@@ -250,10 +254,10 @@ def frame_latencies(ours: CrossAttending, sizes: StreamOptions, console: Console
 def verdict(figures: dict[str, float], judged: bool) -> dict[str, Any]:
     """The last line."""
     failures = []
-    for name, bound in TARGETS.items() if judged else ():
-        upper = name == "frame_latency_growth"
-        if (figures[name] > bound) if upper else (figures[name] < bound):
-            failures.append(f"{name} is {figures[name]:.3g}, should be at {'most' if upper else 'least'} {bound:g}")
+    if judged:
+        few = [(name, "least", bound) for name, bound in AT_LEAST.items() if figures[name] < bound]
+        many = [(name, "most", bound) for name, bound in AT_MOST.items() if figures[name] > bound]
+        failures = [f"{name} is {figures[name]:.3g}, should be at {end} {bound:g}" for name, end, bound in few + many]
     rounded = {name: float(f"{value:.4g}") for name, value in figures.items()}
     return {"name": "bench stream", "ok": not failures, "figures": rounded, "failures": failures}
 
