@@ -12,6 +12,10 @@ The clock is the caller's, so the same rules hold live and in a test. What happe
 * After the last event the model decides: silence, or the reply's next token. After silence nothing is fed until an
   event comes; the silence is fed with it. A pause is not an end.
 
+With `blocked` frames that arrive while a reply goes on are held back until it is over, and are then read in one step.
+When a prompt cuts the reply they are read before it, and nothing is decided on them. A think unit may come first where
+the model decides; its tokens are fed and not put out.
+
 The first token after an event is due at once, a later one when the rate of speech allows it; one that is not due when
 an event comes is never said, the model decides anew. When every event has a tick of its own and ticks come when tokens
 are due, the row is the stream compiler's, token by token (`streams/timeline.py`).
@@ -63,17 +67,20 @@ class Conversation:
         reply_tokens: int,
         slot_tokens: int,
         silence_after_prompt: bool = False,
+        blocked: bool = False,
     ):
         """`decoder` has one row. `tokens_per_second`: rate of speech, None: as fast as asked. `reply_tokens`: a reply
         is closed by silence after so many, `slot_tokens`: after so many since the latest event.
-        `silence_after_prompt`: a prompt is answered at the next frame at the earliest."""
+        `silence_after_prompt`: a prompt is answered at the next frame at the earliest. `blocked`: nothing is seen
+        during a reply (`compiler.perceive`)."""
         self._decoder, self._tokenizer = decoder, tokenizer
         self._rate, self._reply_tokens, self._slot_tokens_most = tokens_per_second, reply_tokens, slot_tokens
-        self._silence_after_prompt = silence_after_prompt
+        self._silence_after_prompt, self._blocked = silence_after_prompt, blocked
         self._silence = tokenizer.special.silence
         self._next: int | None = None  #: predicted and not said yet
         self._running = False  #: a reply goes on
-        self._reply_began_s = self._slot_began_s = 0.0
+        self._held: list[ArrivedFrame] = []  #: arrived during a reply that blocks
+        self._reply_began_s = self._slot_began_s = self._now_s = 0.0
         self._said: list[int] = []  #: of the running reply
         self._shown = 0  #: letters of it that were put out
         self._slot_tokens = 0
@@ -81,9 +88,9 @@ class Conversation:
 
     @property
     def due_s(self) -> float | None:
-        """When the next token is due; None while there is none to say."""
+        """When `tick` wants to be called although nothing arrives; None while there is nothing to say."""
         if self._next is None:
-            return None
+            return self._now_s if self._held else None
         if self._rate is None or not self._slot_tokens:
             return self._slot_began_s
         return self._reply_began_s + (len(self._said) + 1) / self._rate
@@ -99,18 +106,26 @@ class Conversation:
         Frames are read by time stamp, those of the same time in the order given.
         """
         out: list[Said] = []
+        self._now_s, frames = now_s, sorted(frames, key=lambda frame: frame.time_s)
+        if self._blocked and self._next is not None and not prompts:
+            self._held, frames = [*self._held, *frames], []
         due_s = self.due_s
         # A hair of tolerance, as where the compiler places tokens (`streams/timeline.py`).
-        if due_s is not None and due_s <= now_s + 1e-6 / (self._rate or 1.0):
+        is_due = due_s is not None and due_s <= now_s + 1e-6 / (self._rate or 1.0)
+        if is_due and self._next is not None:
             out.append(self._say(now_s))
-        elif not prompts and not frames:
+        elif not prompts and not frames and not is_due:
             return out
         self._next = None
+        began_s = now_s
+        if self._held and not self._running:
+            frames = [*self._held, *frames]
+            self._held, began_s = [], min(now_s, frames[-1].time_s)
         if prompts or frames:
-            out += self._read(now_s, prompts, sorted(frames, key=lambda frame: frame.time_s))
-            self._slot_began_s, self._slot_tokens = now_s, 0
+            out += self._read(now_s, prompts, frames)
+            self._slot_began_s, self._slot_tokens = began_s, 0
         asked = bool(prompts) and not frames and self._silence_after_prompt
-        deciding = not self._slot_tokens
+        deciding = not self._slot_tokens and not asked
         token, silence_probability = self._decoder.predict(0, self._running, deciding)
         self._decided = silence_probability if deciding else None
         enough = len(self._said) >= self._reply_tokens or self._slot_tokens >= self._slot_tokens_most
@@ -149,17 +164,23 @@ class Conversation:
         if not prompts and not self._decoder.is_open(0):
             self._put_turn("")  # a stream that nobody has spoken in yet, as in training
             self._decoder.put_tokens(0, [self._silence])
+        if prompts and self._held:  # the reply is cut
+            held, self._held = self._held, []
+            out += self._put_frames(held, [self._silence])
+            self._decoder.put_tokens(0, [self._silence])
         for number, prompt in enumerate(prompts):
             self._put_turn(prompt)
             out.append(Said("turn", now_s, self._decoder.frames_of(0), text=prompt))
             if number + 1 < len(prompts) or frames:
                 self._decoder.put_tokens(0, [self._silence])
         if frames:
-            features_NPH = torch.stack([frame.features_PH for frame in frames])
-            before = self._decoder.frames_of(0)
-            self._decoder.put_frames(0, features_NPH, between=[] if self._running else [self._silence])
-            out += [Said("frame", frame.time_s, before + n) for n, frame in enumerate(frames, 1)]
+            out += self._put_frames(frames, [] if self._running else [self._silence])
         return out
+
+    def _put_frames(self, frames: Sequence[ArrivedFrame], between: Sequence[int]) -> list[Said]:
+        before = self._decoder.frames_of(0)
+        self._decoder.put_frames(0, torch.stack([frame.features_PH for frame in frames]), between)
+        return [Said("frame", frame.time_s, before + n) for n, frame in enumerate(frames, 1)]
 
     def _put_turn(self, text: str) -> None:
         self._decoder.put_turn(0, text)

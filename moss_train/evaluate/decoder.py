@@ -210,10 +210,6 @@ class StreamingDecoder:
         state = self._rows[row]
         return bool(state.length or state.pending)
 
-    def is_waiting(self, row: int) -> bool:
-        """Whether tokens are queued."""
-        return bool(self._rows[row].pending)
-
     def frames_of(self, row: int) -> int:
         """Frames that have arrived in a row."""
         return self._rows[row].frames

@@ -127,6 +127,7 @@ class LiveSession:
             self.config.reply_tokens,
             self.config.slot_tokens,
             self.config.silence_after_prompt,
+            blocked=compiler.perceive == "blocked",
         )
         self._rate = rate
         self._size = model.sizes.vision.image_size if image_size is None else image_size

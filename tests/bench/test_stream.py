@@ -20,7 +20,7 @@ NAMES = {
 
 
 def test_a_quick_run_prints_all_figures(capsys):
-    assert stream_command(parse_options(StreamOptions, ["quick=true"])) == 0
+    assert stream_command(parse_options(StreamOptions, ["quick=true", "threads=1"])) == 0
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert result["ok"] and result["name"] == "bench stream" and not result["failures"]
     figures = result["figures"]

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from scripted_model import ScriptedModel, shipped_tokenizer, world_stream
+from scripted_model import ScriptedModel, compiled_stream, shipped_tokenizer, world_stream
 from tiny_live_model import SIZE, live_model
 
 from moss_train.errors import ConfigError
@@ -19,7 +19,8 @@ from moss_train.evaluate.sampling import GenerationConfig, Sampler
 from moss_train.evaluate.schedule import read_stream
 from moss_train.evaluate.stream import LiveConfig, LiveSession, as_frame
 from moss_train.parallel import groups
-from moss_train.streams.config import CompilerConfig
+from moss_train.streams.config import CompilerConfig, TokenizerConfig
+from moss_train.streams.tokenizer import load_tokenizer
 
 TOKENIZER = shipped_tokenizer()
 PATIENCE_S = 30.0
@@ -47,10 +48,12 @@ def fetched(session) -> list:
 
 
 @pytest.mark.parametrize("rate", [2.0, 3.5, 38.0])
-@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (3, 1)])
-def test_the_row_is_the_compiled_row(rate, window, sinks):
+@pytest.mark.parametrize(
+    ("window", "sinks", "perceive"), [(None, 0, "overlapped"), (3, 1, "overlapped"), (3, 1, "blocked")]
+)
+def test_the_row_is_the_compiled_row(rate, window, sinks, perceive):
     """A model that says what the reference says is fed the compiled stream, and insists on it (scripted_model)."""
-    compiler = CompilerConfig(tokens_per_second=rate, window=window, sinks=sinks)
+    compiler = CompilerConfig(tokens_per_second=rate, window=window, sinks=sinks, perceive=perceive)
     done = 0
     for seed in range(12):
         try:
@@ -72,8 +75,11 @@ def test_the_row_is_the_compiled_row(rate, window, sinks):
             said.append([item.token for item in fetched(session) if item.kind == "token"])
         session.finish()
         said.append([item.token for item in fetched(session) if item.kind == "token"])
-        # what is said until an event is read belongs to the slot before it
-        assert [TOKENIZER.decode(ids) for ids in said[1:]] == [slot.text for slot in compiled.slots]
+        # what is said until an event is read belongs to the slot before it; blocked frames are read behind the reply
+        assert perceive == "blocked" or [TOKENIZER.decode(ids) for ids in said[1:]] == [
+            slot.text for slot in compiled.slots
+        ]
+        assert "".join(TOKENIZER.decode(ids) for ids in said) == "".join(slot.text for slot in compiled.slots)
         assert scripted.heard[0][: len(compiled.ids) - 2] == compiled.ids[:-2].tolist()
         done += 1
     assert done > 5
@@ -170,6 +176,36 @@ def test_the_order_of_arrival_within_a_tick_changes_nothing(ticks):
         said.append(fetched(session))
     assert heard[0] == heard[1]
     assert said[0] == said[1]
+
+
+def test_thoughts_are_fed_and_not_put_out():
+    tokenizer = load_tokenizer(TokenizerConfig(think_tokens=True))
+    compiler = CompilerConfig(tokens_per_second=9.0)
+    answer = "A red block."
+    events = [
+        {"id": "u", "t": 0.0, "role": "user", "text": "Tell me."},
+        {"id": "t1", "t": 1.0, "role": "assistant", "kind": "think", "text": "red block, left"},
+        {"id": "t2", "t": 2.0, "role": "assistant", "kind": "think", "text": ""},
+        {"id": "b", "t": 2.0, "role": "assistant", "kind": "speak", "text": answer, "reply_to": "u"},
+    ]
+    sample = {
+        "schema": "moss_train/stream@1",
+        "id": "thoughtful",
+        "media": [{"id": "v", "kind": "video", "member": "mp4", "duration_s": 6.0}],
+        "sampling": {"start_s": 0.0, "end_s": 6.0},
+        "events": events,
+    }
+    parsed, compiled = compiled_stream(sample, tokenizer, compiler)
+    scripted = ScriptedModel([compiled], tokenizer)
+    session = LiveSession(scripted, tokenizer, compiler, parsed.system, image_size=0, threads=False)
+    session.ask("Tell me.")
+    session.advance(0.0)
+    for second in range(6):
+        session.frame(picture(second))
+        session.advance(float(second))
+    session.finish()
+    assert "".join(said.text for said in fetched(session) if said.kind == "token") == answer
+    assert tokenizer.special.think_start in scripted.heard[0]
 
 
 def test_events_of_one_tick_are_read_in_one_step():
