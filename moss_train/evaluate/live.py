@@ -110,8 +110,9 @@ def play(
     audience: Audience,
     now: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
+    choose: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> LiveResult:
-    """Hand the events to the model when their time has come; `speed` 0 does not wait.
+    """Hand the events to the model when their time has come; `speed` 0 does not wait. `choose` as in `StreamingDecoder`.
 
     Raises ValueError when the number of frames is not that of the schedule.
     """
@@ -125,6 +126,7 @@ def play(
         most_tokens(schedule, tokenizer, compiler, decode),
         max(1, schedule.frames),
         decode,
+        choose,
     )
     outputs, latencies_s, lags_s, first_tokens_s = [], [], [], []
     frame = 0

@@ -5,7 +5,6 @@ live stream can be shown and scored like an evaluated one.
 """
 
 import contextlib
-import math
 import threading
 import time
 from collections import deque
@@ -154,4 +153,4 @@ class _Slots:
 
 
 def _silent() -> SlotOutput:
-    return SlotOutput("silence", [], False, math.nan)
+    return SlotOutput("silence", [], False, None)

@@ -26,7 +26,7 @@ from moss_train.evaluate.live import LivePrinter, live_schedule, play
 from moss_train.report.caption_track import captions_of
 from moss_train.report.captions import caption_clip, check_save
 from moss_train.evaluate.play_live import LiveEvent, play_live
-from moss_train.evaluate.sampling import GenerationConfig
+from moss_train.evaluate.sampling import GenerationConfig, Sampler
 from moss_train.evaluate.schedule import Schedule, Step
 from moss_train.evaluate.stream import LiveConfig, LiveSession
 from moss_train.model.video_model import VideoModel
@@ -74,8 +74,7 @@ class StreamOptions:
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     """How replies are read from predictions."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
-    """How tokens are drawn; the default takes the most probable one. Only while a clip is played in time (`speed`
-    above 0)."""
+    """How tokens are drawn; the default takes the most probable one."""
 
     def validate(self) -> None:
         self.decode.validate()
@@ -155,7 +154,10 @@ def stream_command(options: StreamOptions) -> int:
         session = started_session(options, model, tokenizer, compiler, system, fps)
         result = play_live(session, events_of(schedule, frames_FCHW), printer, options.speed)
     else:
-        result = play(model, tokenizer, compiler, schedule, frames_FCHW, options.speed, options.decode, printer)
+        sampler = Sampler(options.generation)
+        result = play(
+            model, tokenizer, compiler, schedule, frames_FCHW, options.speed, options.decode, printer, choose=sampler
+        )
     console.print(Text(result.summary(), "dim"), soft_wrap=True)
     if options.save is not None:
         events = captions_of(schedule.steps, result.outputs, tokenizer, compiler.tokens_per_second)
