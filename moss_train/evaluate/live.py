@@ -112,7 +112,8 @@ def play(
     sleep: Callable[[float], None] = time.sleep,
     choose: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> LiveResult:
-    """Hand the events to the model when their time has come; `speed` 0 does not wait. `choose` as in `StreamingDecoder`.
+    """Hand the events to the model when their time has come; `speed` 0 does not wait. `choose` as in the
+    decoder.
 
     Raises ValueError when the number of frames is not that of the schedule.
     """
