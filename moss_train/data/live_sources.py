@@ -6,6 +6,7 @@ Shape suffixes: F frames, H, W pixels, C colour channels.
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,8 @@ def folder_pictures(folder: Path, size: int) -> torch.Tensor:
 
 
 def endless_pictures(source: str, fps: float, max_seconds: float) -> Iterator[tuple[float, np.ndarray]]:
-    """Seconds since the first picture and uint8 RGB [H, W, 3], the first picture at or after every 1 / fps seconds.
+    """Seconds since the first picture and uint8 RGB [H, W, 3], the first picture at or after every 1 / fps seconds. The
+    source is opened at once.
 
     Raises ConfigError when the source cannot be opened or has no video, and when PyAV is missing.
     """
@@ -51,13 +53,18 @@ def endless_pictures(source: str, fps: float, max_seconds: float) -> Iterator[tu
         opened = av.open(source, format="v4l2" if camera else None, timeout=None if camera else 10.0)
     except (av.FFmpegError, ValueError, OSError) as error:
         raise ConfigError(f"video={source}: cannot be opened: {error}") from error
+    if not opened.streams.video:
+        opened.close()
+        raise ConfigError(f"video={source}: has no video")
+    return _pictures(opened, fps, max_seconds)
+
+
+def _pictures(opened: Any, fps: float, max_seconds: float) -> Iterator[tuple[float, np.ndarray]]:
     with opened:
-        if not opened.streams.video:
-            raise ConfigError(f"video={source}: has no video")
         stream = opened.streams.video[0]
-        began_s, due_s, number = None, 0.0, 0
+        rate = float(stream.average_rate or 25)
+        began_s, due_s = None, 0.0
         for number, frame in enumerate(opened.decode(stream)):
-            rate = float(stream.average_rate or 25)
             stamp_s = number / rate if frame.time is None else frame.time
             began_s = stamp_s if began_s is None else began_s
             time_s = stamp_s - began_s

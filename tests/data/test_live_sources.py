@@ -45,4 +45,4 @@ def test_a_url_gives_its_pictures_at_the_asked_rate(tmp_path):
     for (_, picture), frame in zip(got, expected, strict=True):
         assert abs(picture.transpose(2, 0, 1).astype(int) - frame.numpy()).max() <= 3
     with pytest.raises(ConfigError, match="cannot be opened"):
-        next(endless_pictures(f"file:{tmp_path}/none.mp4", 1.0, 1.0))
+        endless_pictures(f"file:{tmp_path}/none.mp4", 1.0, 1.0)
