@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from moss_train.model.frame_cache import FrameCache, FramePlan, KeepAll, KeepPolicy, KeepWindow
 from moss_train.model.layers import CrossLayer, LayerInputs
 from moss_train.model.parts import stage_of_chunk
+from moss_train.model.predictions import Predictions
 from moss_train.model.text_cache import TextCache, TextPlan
 from moss_train.parallel.groups import ParallelState, state
 from moss_train.streams.sight import Sight
@@ -65,6 +66,9 @@ class StreamState:
         self.model = model
         self._parallel = parallel or (None if model.is_whole else state())
         sizes, text = model.sizes, model.sizes.text
+        #: of the tokens last fed, logits of "speak now", or with `only_last` of each row's last, [R, 1]; None without a
+        #: decision head
+        self.decisions_RL: torch.Tensor | None = None
         sight = sight or Sight()
         parameter = next(model.parameters(), None)
         self.device = state().device if parameter is None else parameter.device
@@ -195,7 +199,8 @@ class StreamState:
         )
         last_R = torch.from_numpy(np.maximum(lengths_R - 1, 0)).to(self.device) if only_last else None
         x_TRH = self._run(ids_RL, inputs)
-        logits_LRV = self._logits(x_TRH, last_R, ids_RL.shape)
+        logits_LRV, decisions_LR = self._read_out(x_TRH, last_R, ids_RL.shape)
+        self.decisions_RL = None if decisions_LR is None else decisions_LR[:asked].T
         self.text.tokens_R = self.text.tokens_R + lengths_R
         return logits_LRV[0] if only_last else logits_LRV[:asked].transpose(0, 1)
 
@@ -217,23 +222,28 @@ class StreamState:
                 dist.send(x_TRH.contiguous(), self._rank_of(number + 1), self._parallel.pipeline_group)
         return x_TRH if model.part.head else None
 
-    def _logits(self, x_TRH: torch.Tensor | None, last_R: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
-        """Logits [L, R, V], or of the last tokens [1, R, V], on every process."""
+    def _read_out(self, x_TRH: torch.Tensor | None, last_R: torch.Tensor | None, shape: torch.Size) -> Predictions:
+        """What the heads say of all tokens, or of the last of each row as [1, R, …], on every process."""
         model, split = self.model, self.model.config.sequence_parallel
         rows, tokens = shape
         if x_TRH is None:
-            out = (tokens if last_R is None else 1, rows, model.sizes.text.vocabulary_size)
-            room = torch.empty(out, dtype=self._dtype, device=self.device)
-            return self._from_stage(self._parallel.layout.last_stage, room)
-        x_TRH = model.final_norm(x_TRH)
-        if last_R is not None:
-            if split:
-                x_TRH = _gathered(x_TRH, 0, model.tensor_group)
-            x_TRH = x_TRH[last_R, torch.arange(rows, device=self.device)][None]
-        logits = _gathered(model.head(x_TRH)[0], -1, model.tensor_group)
-        # With sequence parallelism the head takes its input for a share of the tokens and joins the shares.
-        logits = logits[:1] if last_R is not None and split else logits
-        return self._from_stage(0 if self._parallel is None else self._parallel.layout.last_stage, logits)
+            out = (tokens if last_R is None else 1, rows)
+            logits = torch.empty(*out, model.sizes.text.vocabulary_size, dtype=self._dtype, device=self.device)
+            decisions = torch.empty(*out, device=self.device) if model.sizes.decision_head else None
+        else:
+            if last_R is not None:
+                if split:
+                    x_TRH = _gathered(x_TRH, 0, model.tensor_group)
+                x_TRH = x_TRH[last_R, torch.arange(rows, device=self.device)][None]
+            logits, decisions = model.read_out(x_TRH)
+            logits = _gathered(logits, -1, model.tensor_group)
+            if last_R is not None and split:
+                # With sequence parallelism the heads take a share of the tokens and join the shares.
+                logits, decisions = logits[:1], None if decisions is None else decisions[:1]
+        stage = 0 if self._parallel is None else self._parallel.layout.last_stage
+        return Predictions(
+            self._from_stage(stage, logits), None if decisions is None else self._from_stage(stage, decisions)
+        )
 
     def _own_tokens(self, x_TR1: torch.Tensor) -> torch.Tensor:
         if not self.model.config.sequence_parallel:

@@ -32,7 +32,7 @@ EXPECTED: list[list["Said"]] = []  #: of one process
 
 @dataclass
 class Said:
-    """What each row said in each slot, the probabilities of silence and the last logits."""
+    """What each row said in each slot, and the logits of every step, the decision head's last."""
 
     outputs: list
     logits: list
@@ -49,14 +49,14 @@ class Listening:
 
     def extend(self, state, ids_RL, positions_RL, lengths_R, **options):
         logits_RV = self._model.extend(state, ids_RL, positions_RL, lengths_R, **options)
-        self.heard.append(logits_RV[lengths_R > 0].tolist())
+        self.heard.append(torch.cat([logits_RV, state.decisions_RL], 1)[lengths_R > 0].tolist())
         return logits_RV
 
 
 def grow(rank, ranks, layout):
     """A job: three rows of different lengths on the model's part of this process."""
     state = groups.initialize(layout)
-    sizes = replace(Problem().model(), init_std=0.3)
+    sizes = replace(Problem().model(), init_std=0.3, decision_head=True)
     said = []
     for compiler in COMPILERS:
         model = Listening(build_model(sizes, state, seed=5).eval())
@@ -66,6 +66,7 @@ def grow(rank, ranks, layout):
                 silence = tokenizer().special.silence - state.tensor_rank * len(every)
                 if 0 <= silence < len(every):
                     every[silence] *= 2.5
+                model.decision_head.weight.copy_(torch.linspace(-1, 1, sizes.text.hidden_size)[None])
         decoder = StreamingDecoder(
             model, tokenizer(), compiler, [None, "Watch.", "Speak."], 400, 8, DecodeConfig(last_slot_tokens=4)
         )
