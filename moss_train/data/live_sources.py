@@ -68,7 +68,7 @@ def _pictures(opened: Any, fps: float, max_seconds: float) -> Iterator[tuple[flo
             stamp_s = number / rate if frame.time is None else frame.time
             began_s = stamp_s if began_s is None else began_s
             time_s = stamp_s - began_s
-            if time_s > max_seconds:
+            if time_s >= max_seconds:
                 return
             if time_s + 1e-6 >= due_s:
                 yield time_s, frame.to_ndarray(format="rgb24")

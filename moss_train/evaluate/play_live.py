@@ -33,6 +33,7 @@ class PlayedLive:
 
     steps: list[Step]  #: in the order in which they were handed over
     outputs: list[SlotOutput]  #: what was said after each; silence after a frame that was dropped
+    token_times_s: list[list[float]]  #: when each token of each output was said, on the session's clock
     figures: LiveFigures
 
     def summary(self) -> str:
@@ -73,7 +74,7 @@ def play_live(
         listener.join()
     slots.check()
     audience.over()
-    return PlayedLive(slots.steps, slots.outputs(), session.figures)
+    return PlayedLive(slots.steps, slots.outputs(), slots.token_times_s(), session.figures)
 
 
 class _Slots:
@@ -83,6 +84,7 @@ class _Slots:
         self._audience = audience
         self.steps: list[Step] = []
         self._outputs: dict[int, SlotOutput] = {}
+        self._times_s: dict[int, list[float]] = {}
         self._users: deque[int] = deque()  #: numbers of prompts that were not read yet
         self._frames: dict[float, deque[int]] = {}  #: time stamp → numbers of frames that were not read yet
         self._lock = threading.Lock()
@@ -98,6 +100,9 @@ class _Slots:
     def outputs(self) -> list[SlotOutput]:
         return [self._outputs.get(number, _silent()) for number in range(len(self.steps))]
 
+    def token_times_s(self) -> list[list[float]]:
+        return [self._times_s.get(number, []) for number in range(len(self.steps))]
+
     def check(self) -> None:
         if self._error is not None:
             raise self._error
@@ -110,12 +115,12 @@ class _Slots:
             self._error = self._error or error
 
     def _listen(self, session: LiveSession) -> None:
-        step, output, is_open = None, _silent(), False
+        step, output, times_s, is_open = None, _silent(), [], False
         for said in session.said():
             if said.kind in ("turn", "frame"):
                 if is_open:
                     self._tell(self._audience.slot, step, output)
-                (step, output), is_open = self._open(said), True
+                (step, output, times_s), is_open = self._open(said), True
                 if said.kind == "turn":
                     self._tell(self._audience.user, step)
                 continue
@@ -125,6 +130,7 @@ class _Slots:
                 if not output.ids:
                     output.state = "speak" if said.starts else "continue"
                 output.ids.append(said.token)
+                times_s.append(said.time_s)
                 self._tell(self._audience.token, step, said.token)
             elif is_open:
                 output.ends, is_open = bool(output.ids), False
@@ -140,7 +146,7 @@ class _Slots:
             except Exception as error:
                 self._error = error
 
-    def _open(self, said: Said) -> tuple[Step, SlotOutput]:
+    def _open(self, said: Said) -> tuple[Step, SlotOutput, list[float]]:
         with self._lock:
             if said.kind == "turn":
                 number = self._users.popleft()
@@ -149,7 +155,8 @@ class _Slots:
                 number = waiting.popleft()
                 if not waiting:
                     del self._frames[said.time_s]
-            return self.steps[number], self._outputs.setdefault(number, _silent())
+            times_s = self._times_s.setdefault(number, [])
+            return self.steps[number], self._outputs.setdefault(number, _silent()), times_s
 
 
 def _silent() -> SlotOutput:

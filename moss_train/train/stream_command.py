@@ -6,7 +6,7 @@ Shape suffixes: F frames, C colour channels, H, W pixels.
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,13 +23,13 @@ from moss_train.data.shards.index import KINDS
 from moss_train.errors import ConfigError, MossTrainError
 from moss_train.evaluate.config import DecodeConfig
 from moss_train.evaluate.live import LivePrinter, live_schedule, play
-from moss_train.report.caption_track import captions_of
-from moss_train.report.captions import caption_clip, check_save
 from moss_train.evaluate.play_live import LiveEvent, play_live
 from moss_train.evaluate.sampling import GenerationConfig, Sampler
 from moss_train.evaluate.schedule import Schedule, Step
 from moss_train.evaluate.stream import LiveConfig, LiveSession
 from moss_train.model.video_model import VideoModel
+from moss_train.report.caption_track import CaptionEvent, captions_of
+from moss_train.report.captions import at_rate, caption_clip, check_save, write_captioned_video
 from moss_train.streams.config import CompilerConfig
 from moss_train.streams.schema import StreamSample
 from moss_train.streams.tokenizer import StreamTokenizer
@@ -62,7 +62,8 @@ class StreamOptions:
     max_seconds: float = 300.0
     """The clip is cut after this many seconds."""
     save: str | None = None
-    """Video file (`out.mp4`) to write: the clip at its own rate, and below it what was said; null writes none."""
+    """Video file (`out.mp4`) to write: the clip at its own rate, and below it what was said; null writes none. Not of a
+    camera or a URL."""
     window: int | None = None
     """Frames that a token sees and the cache keeps; null: as in training, 0: all."""
     sinks: int | None = None
@@ -93,6 +94,8 @@ class StreamOptions:
             if not holds:
                 raise ConfigError(f"{name}={getattr(self, name)}: {remedy}")
         if self.save is not None:
+            if is_endless(self.video):
+                raise ConfigError(f"save={self.save}: a camera or a URL is not kept while it is played; leave it out")
             check_save(self.save, self.video)
         self.asked()
 
@@ -116,54 +119,118 @@ def stream_command(options: StreamOptions) -> int:
 
     Example: moss-train stream ckpt=outputs/quickstart video=clip.mp4 questions="2:What colour is it?"
     """
-    video = Path(options.video)
-    if not is_endless(options.video) and not video.exists():
+    if not is_endless(options.video) and not Path(options.video).exists():
         raise ConfigError(f"video={options.video}: there is no such file")
     model, tokenizer, run = load_model(options.ckpt)
     compiler = served_compiler(options, run.stages[stage_of(options.ckpt)].compiler)
     system = options.system if options.system is not None else system_of(run.evaluate.source)
     console = Console(highlight=False)
-    printer = LivePrinter(console, tokenizer)
-    fps, size = options.fps or compiler.fps, run.model.vision.image_size
+    player = _Player(options, model, tokenizer, compiler, system, console)
     if is_endless(options.video):
-        console.print(Text(f"{options.video}: {fps:g} frames a second. Ctrl-C ends it.", "dim"), soft_wrap=True)
-        pictures = endless_pictures(options.video, fps, options.max_seconds)
-        result = play_live(
-            started_session(options, model, tokenizer, compiler, system, fps),
-            in_order(pictures, options.asked()),
-            printer,
-            options.speed,
-        )
-        console.print(Text(result.summary(), "dim"), soft_wrap=True)
-        return 0
-    if video.is_dir():
-        frames_FCHW = folder_pictures(video, size)[: max(1, int(options.max_seconds * fps))]
-        duration_s = len(frames_FCHW) / fps
+        player.endless()
     else:
-        data = video.read_bytes()
-        probe = probe_media(data, video.name)
-        if probe.container == "image" or probe.duration_s <= 0:
-            raise ConfigError(f"video={options.video}: it is a {probe.codec} without length; give a video")
-        duration_s = min(probe.duration_s, options.max_seconds)
-    schedule, times_s = live_schedule(video.name, options.asked(), system, fps, duration_s, compiler, tokenizer)
-    if not video.is_dir():
-        frames_FCHW = decode_frames(data, times_s, size, key=video.name).frames
-    shown = f"{video.name}: {duration_s:.1f} s, {len(times_s)} frames. A dot is a frame about which it is silent."
-    console.print(Text(shown, "dim"), soft_wrap=True)
-    if options.speed > 0:
-        session = started_session(options, model, tokenizer, compiler, system, fps)
-        result = play_live(session, events_of(schedule, frames_FCHW), printer, options.speed)
-    else:
-        sampler = Sampler(options.generation)
-        result = play(
-            model, tokenizer, compiler, schedule, frames_FCHW, options.speed, options.decode, printer, choose=sampler
-        )
-    console.print(Text(result.summary(), "dim"), soft_wrap=True)
-    if options.save is not None:
-        events = captions_of(schedule.steps, result.outputs, tokenizer, compiler.tokens_per_second)
-        count = caption_clip(Path(options.save), data, probe, events, duration_s)
-        console.print(f"written to {options.save}, {count} pictures", markup=False)
+        player.clip(read_clip(options, player.fps, run.model.vision.image_size))
     return 0
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What is played, with a beginning and an end."""
+
+    name: str
+    duration_s: float
+    frames_at: Callable[[Sequence[float]], torch.Tensor]  #: seconds to uint8 [F, 3, H, W]
+    save: Callable[[Path, Sequence[CaptionEvent]], int]  #: writes it with captions; returns the number of pictures
+
+
+def read_clip(options: StreamOptions, fps: float, size: int) -> Clip:
+    """A video file, or the pictures of a folder, each of which is shown for 1 / fps seconds."""
+    path = Path(options.video)
+    if path.is_dir():
+        frames_FCHW = folder_pictures(path, size)[: max(1, int(options.max_seconds * fps))]
+        duration_s = len(frames_FCHW) / fps
+
+        def save_pictures(out: Path, events: Sequence[CaptionEvent]) -> int:
+            return write_captioned_video(out, at_rate(frames_FCHW.permute(0, 2, 3, 1).numpy(), fps), events, duration_s)
+
+        return Clip(path.name, duration_s, lambda times_s: frames_FCHW, save_pictures)
+    data = path.read_bytes()
+    facts = probe_media(data, path.name)
+    if facts.container == "image" or facts.duration_s <= 0:
+        raise ConfigError(f"video={options.video}: it is a {facts.codec} without length; give a video")
+    until_s = min(facts.duration_s, options.max_seconds)
+    return Clip(
+        path.name,
+        until_s,
+        lambda times_s: decode_frames(data, times_s, size, key=path.name).frames,
+        lambda out, events: caption_clip(out, data, facts, events, until_s),
+    )
+
+
+class _Player:
+    """Plays one source to the model, and prints."""
+
+    def __init__(
+        self,
+        options: StreamOptions,
+        model: VideoModel,
+        tokenizer: StreamTokenizer,
+        compiler: CompilerConfig,
+        system: str | None,
+        console: Console,
+    ):
+        self._options, self._model, self._tokenizer = options, model, tokenizer
+        self._compiler, self._system, self._console = compiler, system, console
+        self._printer = LivePrinter(console, tokenizer)
+        self.fps = options.fps or compiler.fps
+
+    def clip(self, clip: Clip) -> None:
+        """A clip whose events are known beforehand."""
+        options, compiler = self._options, self._compiler
+        schedule, times_s = live_schedule(
+            clip.name, options.asked(), self._system, self.fps, clip.duration_s, compiler, self._tokenizer
+        )
+        frames_FCHW = clip.frames_at(times_s)
+        self._tell(
+            f"{clip.name}: {clip.duration_s:.1f} s, {len(times_s)} frames. A dot is a frame about which it is silent."
+        )
+        times_of_tokens_s = None
+        if options.speed > 0:
+            result = play_live(self._session(), events_of(schedule, frames_FCHW), self._printer, options.speed)
+            times_of_tokens_s = result.token_times_s
+        else:
+            result = play(
+                self._model, self._tokenizer, compiler, schedule, frames_FCHW, 0.0, options.decode, self._printer,
+                choose=Sampler(options.generation),
+            )  # fmt: skip
+        self._tell(result.summary())
+        if options.save is not None:
+            events = captions_of(
+                schedule.steps, result.outputs, self._tokenizer, compiler.tokens_per_second, times_of_tokens_s
+            )
+            count = clip.save(Path(options.save), events)
+            self._console.print(f"written to {options.save}, {count} pictures", markup=False)
+
+    def endless(self) -> None:
+        """A source that ends when it ends."""
+        options = self._options
+        pictures = endless_pictures(options.video, self.fps, options.max_seconds)
+        self._tell(f"{options.video}: {self.fps:g} frames a second. Ctrl-C ends it.")
+        result = play_live(self._session(), in_order(pictures, options.asked()), self._printer, options.speed)
+        self._tell(result.summary())
+
+    def _session(self) -> LiveSession:
+        """Its clock runs at `options.speed`."""
+        options = self._options
+        in_a_slot = int(self._compiler.tokens_per_second / self.fps) + 1
+        config = LiveConfig(slot_tokens=max(options.decode.last_slot_tokens, 2 * in_a_slot))
+        return LiveSession(
+            self._model, self._tokenizer, self._compiler, self._system, config, options.decode, options.generation,
+            clock=lambda: time.monotonic() * options.speed,
+        )  # fmt: skip
+
+    def _tell(self, line: str) -> None:
+        self._console.print(Text(line, "dim"), soft_wrap=True)
 
 
 def served_compiler(options: StreamOptions, trained: CompilerConfig) -> CompilerConfig:
@@ -179,23 +246,6 @@ def served_compiler(options: StreamOptions, trained: CompilerConfig) -> Compiler
     compiler = replace(trained, **changes)
     compiler.validate()
     return compiler
-
-
-def started_session(
-    options: StreamOptions,
-    model: VideoModel,
-    tokenizer: StreamTokenizer,
-    compiler: CompilerConfig,
-    system: str | None,
-    fps: float,
-) -> LiveSession:
-    """A live session whose clock runs at `options.speed`."""
-    in_a_slot = int(compiler.tokens_per_second / fps) + 1
-    config = LiveConfig(slot_tokens=max(options.decode.last_slot_tokens, 2 * in_a_slot))
-    return LiveSession(
-        model, tokenizer, compiler, system, config, options.decode, options.generation,
-        clock=lambda: time.monotonic() * options.speed,
-    )  # fmt: skip
 
 
 def events_of(schedule: Schedule, frames_FCHW: torch.Tensor) -> Iterator[LiveEvent]:

@@ -40,7 +40,7 @@ def test_a_url_gives_its_pictures_at_the_asked_rate(tmp_path):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(shade, format="rgb24")))
         container.mux(stream.encode())
     got = list(endless_pictures(f"file:{path}", 2.0, 3.0))
-    assert [time_s for time_s, _ in got] == pytest.approx([0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0])
+    assert [time_s for time_s, _ in got] == pytest.approx([0.0, 0.5, 1.0, 1.5, 2.0, 2.5])
     expected = decode_frames(path.read_bytes(), [time_s for time_s, _ in got], None).frames
     for (_, picture), frame in zip(got, expected, strict=True):
         assert abs(picture.transpose(2, 0, 1).astype(int) - frame.numpy()).max() <= 3

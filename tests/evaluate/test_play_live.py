@@ -52,6 +52,9 @@ def test_outputs_stand_at_their_events(model):
     assert [step.user for step in played.steps] == [event.step.user for event in events()]
     assert len(played.outputs) == 10
     assert sum(len(output.ids) for output in played.outputs) == played.figures.tokens > 0
+    assert [len(times_s) for times_s in played.token_times_s] == [len(output.ids) for output in played.outputs]
+    spoken_s = [second for times_s in played.token_times_s for second in times_s]
+    assert spoken_s == sorted(spoken_s)
     assert played.figures.seen + played.figures.dropped == 8
     for output in played.outputs:
         assert (output.state == "silence") == (not output.ids)
