@@ -220,33 +220,27 @@ def _ratios(figures: dict[str, float], sizes: StreamOptions) -> dict[str, float]
 
 def frame_latencies(ours: CrossAttending, sizes: StreamOptions, console: Console) -> dict[str, float]:
     """Latency of a frame (its keys and values, its anchor's step; without the tower) near the stream's beginning and
-    far from it, with windows, every frame on the way fed by itself, and without, the way fed in long pieces."""
+    far from it, taken in turns: with windows, every frame on the way fed by itself, and without, the way fed in long
+    pieces."""
     half = min(32, sizes.near // 2)
-    ours.start(Sight(sizes.window, sizes.sinks, sizes.text_window, sizes.text_sinks))
-    at_first = ours.cache_bytes
-    seconds = ours.frame_seconds(sizes.far + half)
-    windowed = ours.cache_bytes
-    near_s, far_s = (statistics.median(seconds[at - half : at + half]) for at in (sizes.near, sizes.far))
-    both = f"{1e3 * near_s:.2f} ms at frame {sizes.near}, {1e3 * far_s:.2f} ms at frame {sizes.far}"
-    console.print(f"with windows: {both}", highlight=False)
-    unbounded = []
-    ours.start()
-    for at in (sizes.near, sizes.far):
-        ours.skip_to(at - half)
-        unbounded.append(statistics.median(ours.frame_seconds(2 * half)))
-    figures = {
-        "frame_ms.near": 1e3 * near_s,
-        "frame_ms.far": 1e3 * far_s,
-        "frame_ms.unbounded.near": 1e3 * unbounded[0],
-        "frame_ms.unbounded.far": 1e3 * unbounded[1],
-        "windowed.cache_mb": windowed / 1e6,
-        "unbounded.cache_mb": ours.cache_bytes / 1e6,
-        "cache_growth": windowed / at_first,
-        "frame_latency_growth": far_s / near_s,
-        "frame_latency_growth.unbounded": unbounded[1] / unbounded[0],
-    }
-    console.print(f"without: {figures['frame_ms.unbounded.near']:.2f} and {figures['frame_ms.unbounded.far']:.2f} ms",
-                  highlight=False)  # fmt: skip
+    figures: dict[str, float] = {}
+    windows = Sight(sizes.window, sizes.sinks, sizes.text_window, sizes.text_sinks)
+    for name, sight in (("", windows), (".unbounded", Sight())):
+        streams = []
+        for at in (sizes.near, sizes.far):
+            ours.start(sight)
+            at_first = ours.cache_bytes
+            advance = ours.skip_to if name else ours.watch
+            advance(at - half)
+            streams.append(ours.put_aside())
+        near_s, far_s = ours.frame_seconds(streams, 2 * half)
+        figures[f"frame_ms{name}.near"], figures[f"frame_ms{name}.far"] = 1e3 * near_s, 1e3 * far_s
+        figures[f"frame_latency_growth{name}"] = far_s / near_s
+        figures[f"{name.lstrip('.') or 'windowed'}.cache_mb"] = ours.cache_bytes / 1e6
+        if not name:
+            figures["cache_growth"] = ours.cache_bytes / at_first
+        told = f"{1e3 * near_s:.2f} ms at frame {sizes.near}, {1e3 * far_s:.2f} ms at frame {sizes.far}"
+        console.print(f"{'without' if name else 'with'} windows: {told}", highlight=False)
     ours.start()
     return figures
 

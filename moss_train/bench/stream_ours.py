@@ -3,14 +3,16 @@
 Shape suffixes: N frames, P vision tokens of a frame, H width.
 """
 
+import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from moss_train.model.config import ModelConfig, TextConfig, VisionConfig
+from moss_train.model.streaming import StreamState
 from moss_train.model.video_model import VideoModel
 from moss_train.streams.sight import Sight
 
@@ -40,6 +42,16 @@ def model_config(sizes: Any) -> ModelConfig:
         ),
         initial_gate=0.5,
     )
+
+
+class Stream(NamedTuple):
+    """A stream that was put aside."""
+
+    state: StreamState
+    sight: Sight
+    tokens: int
+    frames: int
+    token: int
 
 
 class CrossAttending:
@@ -105,15 +117,34 @@ class CrossAttending:
             self._add(self.features(count), ids)
             self._feed(ids)
 
-    def frame_seconds(self, frames: int, clock: Callable[[], float] = time.perf_counter) -> list[float]:
-        """Seconds of each of the next frames."""
-        features_1PH, seconds = self.features(1), []
+    def watch(self, frames: int) -> None:
+        """So many silent frames, each by itself."""
+        features_1PH = self.features(1)
         for _ in range(frames):
-            began = clock()
             self.frame(features_1PH)
-            self.synchronise()
-            seconds.append(clock() - began)
-        return seconds
+
+    def put_aside(self) -> "Stream":
+        """The stream as it stands; `take_up` goes on with it."""
+        return Stream(self._state, self._sight, self._tokens, self._frames, self._token)
+
+    def take_up(self, stream: "Stream") -> None:
+        """Go on with a stream that was put aside."""
+        self._state, self._sight, self._tokens, self._frames, self._token = stream
+
+    def frame_seconds(self, streams: Sequence["Stream"], frames: int) -> list[float]:
+        """Median seconds of one of the next frames of each stream, in turns, so that a busy moment meets all alike."""
+        features_1PH, seconds = self.features(1), [[] for _ in streams]
+        streams = list(streams)
+        for _ in range(frames):
+            for number, stream in enumerate(streams):
+                self.take_up(stream)
+                self.synchronise()
+                began = time.perf_counter()
+                self.frame(features_1PH)
+                self.synchronise()
+                seconds[number].append(time.perf_counter() - began)
+                streams[number] = self.put_aside()
+        return [statistics.median(of_stream) for of_stream in seconds]
 
     def tower_seconds(self, frames: int) -> float:
         """Seconds for the tower and the projector of so many frames."""
