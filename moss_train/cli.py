@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("moss_train.train.pipeline_report:report", "a finished run against itself untrained, as a page"),
     "stream": ("moss_train.train.stream_command:stream", "play a clip and print what the model says"),
     "bench layouts": ("moss_train.bench.layouts:layouts", "random layouts against one process: does a number change?"),
+    "bench behaviour": ("moss_train.bench.behaviour:behaviour", "what each piece of the real-time method is worth"),
     "bench checkpoint": ("moss_train.bench.checkpoint:checkpoint", "saving and loading beside torch.save and a copy"),
     "bench cost": ("moss_train.bench.cost:cost", "what tokens and frames cost on this machine: data.cost to paste"),
     "bench data": ("moss_train.bench.data:data", "our loader beside webdataset and Energon; packing and planning"),
