@@ -32,7 +32,7 @@ SOURCES: dict[str, list[tuple[float, str]]] = {
     "realtime": [(1.0, "stream")],
 }
 #: held-out samples of a source other than `realtime`, as a share of the held-out streams
-HELDOUT_OFFLINE_SHARE = 0.2
+HELDOUT_OFFLINE_SHARE = 0.5
 MARKER_NAME = "render.json"
 #: what follows a source's name in that of the file with the captions of its clips
 CAPTIONS_SUFFIX = ".captions.json"
@@ -45,16 +45,16 @@ class RenderOptions:
 
     out: str
     """Folder to make: `train/` and `heldout/`, each with a staging folder a source."""
-    align: int = 1000
+    align: int = 6000
     """Captioned stills of the training split."""
-    temporal: int = 400
+    temporal: int = 800
     """Captioned clips of 12 to 16 s."""
-    sft: int = 600
+    sft: int = 2500
     """Conversations about clips of 12 s; a tenth of them about nothing seen."""
     realtime: int = 4500
     """Streams of 12 s."""
     heldout: int = 320
-    """Held-out streams; every other source gets a fifth as many held-out samples."""
+    """Held-out streams; every other source gets half as many held-out samples."""
     seed: int = 0
     """Another seed gives other clips."""
     workers: int = 2

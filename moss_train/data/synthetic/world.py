@@ -48,6 +48,11 @@ SCENARIOS: dict[str, float] = {
 #: How often a question is about each attribute. Were they equally frequent, neither what changed nor what was asked
 #: would say anything alone about whether to speak, and a small model would need far longer to find their relation.
 ASKED_ABOUT = {"colour": 0.45, "place": 0.3, "count": 0.25}
+#: Fewest and most frames from an answer to a change and from one change to the next. Training streams are dense, since
+#: every change is a decision to learn from; held-out ones have pauses that training never shows.
+PAUSES = {"train": (1, 3), "heldout": (2, 5)}
+#: fewest and most changes that are tried for in a stream; its end may cut them short
+CHANGES = {"train": (3, 8), "heldout": (2, 5)}
 KINDS = ("still_caption", "clip_caption", "conversation", "text", "stream")
 
 
@@ -182,7 +187,7 @@ class _Script:
                 seen = [float(frame), float(frame)]
                 confirm = {"id": name, "t": float(frame), "role": "assistant", "kind": "confirm"}
                 self.events.append({**confirm, "confirms": last_said, "evidence": seen})
-            frame += self.between(2, 3)
+            frame += self.between(*PAUSES[self.split])
 
     def wander(self, frame: int, until: int) -> None:
         """Changes that nobody asked about, before frame `until`."""
@@ -276,7 +281,7 @@ def sample_stream(rng: np.random.Generator, split: str, key: str, scenario: str 
     }
     if scenario in asked:
         answered = asked[scenario](script)
-        script.changes(answered + script.between(2, 3), most=script.between(2, 5))
+        script.changes(answered + script.between(*PAUSES[split]), most=script.between(*CHANGES[split]))
     elif scenario == "after":
         _after(script)
     elif scenario == "description":
@@ -347,29 +352,21 @@ def sample_clip_caption(rng: np.random.Generator, split: str, key: str) -> Clip:
 
 
 def sample_conversation(rng: np.random.Generator, split: str, key: str) -> Clip:
-    """Questions about the first or the last scene of a clip, asked after it, then two claims to confirm or deny.
-
-    Telling whether a claim still holds is what a revision needs: comparing what was said with what is shown.
-    """
+    """Three to five questions about the first or the last scene of a clip, asked after it."""
     timeline = _sequence(rng, split, STREAM_SECONDS)
     shown = [scene for scene in timeline.scenes() if scene is not None]
+    askable = [(attribute, last) for attribute in ATTRIBUTES for last in (True, False)]
+    odds = np.array([0.7 if last else 0.3 for _, last in askable])
     messages, types = [], []
-    for attribute in rng.permutation(list(ATTRIBUTES))[: int(rng.integers(1, 3))]:
-        last = rng.random() < 0.7
-        question = (
-            QUESTIONS[attribute] if last else QUESTIONS[attribute].replace(" is ", " was ").replace("are", "were")
-        )
-        question = question if last else question.replace("?", " first?")
+    for number in rng.choice(len(askable), int(rng.integers(3, 6)), replace=False, p=odds / odds.sum()):
+        attribute, last = askable[number]
+        question = QUESTIONS[attribute]
+        if not last:
+            question = question.replace(" is ", " was ").replace("are", "were").replace("?", " first?")
         placeholder = "" if messages else "<|video|>"
         messages.append({"role": "user", "content": placeholder + question})
         messages.append({"role": "assistant", "content": answer_text(shown[-1 if last else 0], attribute)})
         types.append("last_scene" if last else "first_scene")
-    for attribute in rng.choice(list(ATTRIBUTES), 2):
-        true = shown[-1].value(attribute)
-        claimed = str(rng.choice([true, str(rng.choice([v for v in ATTRIBUTES[attribute] if v != true]))]))
-        messages.append({"role": "user", "content": f"Is it {claimed} now?"})
-        messages.append({"role": "assistant", "content": "Yes." if claimed == true else "No."})
-        types.append("claim")
     sample = {
         "schema": "moss_train/conversation@1",
         "id": key,
