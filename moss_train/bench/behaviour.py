@@ -17,6 +17,7 @@ from moss_train.data.synthetic.render import RenderOptions, render
 from moss_train.errors import ConfigError
 from moss_train.synthesis.command import SynthOptions, synth
 
+RATE = 8.0  #: tokens per second of the quickstart's recipe
 _QUICK = {"align": 16, "temporal": 8, "sft": 16, "realtime": 24, "heldout": 20}
 _QUICK_STEPS = [
     "stages.*.data.global_batch_size=4", "stages.*.log_every=1", "stages.align.steps=2", "stages.temporal.steps=2",
@@ -105,6 +106,14 @@ def prepare_data(place: Place, clips: dict[str, int], console: Console) -> None:
     console.print("packing the clips", highlight=False)
     for source in ("train/align", "train/temporal", "train/sft", "train/realtime", "heldout/realtime", "heldout/sft"):
         pack(rendered / source, place.data(source))
-    synth(SynthOptions(source="rendered", path=str(rendered / "train" / FULL.source), out=str(place.out / "synth")))
+    synth(
+        SynthOptions(
+            source="rendered",
+            path=str(rendered / "train" / FULL.source),
+            out=str(place.out / "synth"),
+            tokens_per_second=RATE,
+            overwrite=True,
+        )
+    )
     pack(place.out / "synth", place.data(f"train/{SYNTH.source}"))
     marker.write_bytes(made_from)

@@ -88,9 +88,7 @@ def test_verdict():
     result = summary(good, list(VARIANTS))
     assert result["ok"] and result["figures"]["full.speak_f1"] == 0.98 and result["figures"]["full.speak_f1.std"] == 0
     assert {f"{name}.{figure}" for name in VARIANTS for figure in FIGURES} <= set(result["figures"])
-    bad = good | rows_of(
-        row(1, "full", speak_f1=0.9, offline_accuracy=0.9), row(1, SYNTH.name, revision_accuracy=0.5)
-    )
+    bad = good | rows_of(row(1, "full", speak_f1=0.9, offline_accuracy=0.9), row(1, SYNTH.name, revision_accuracy=0.5))
     failures = " ".join(summary(bad, list(VARIANTS))["failures"])
     assert "full.speak_f1 is 0.9400, below 0.97" in failures
     assert "offline_lost is 0.0250" in failures and "synth_gap is 0.2300" in failures

@@ -17,7 +17,7 @@ class Variant:
 
 
 FULL = Variant("full", "nothing: the full method")
-SYNTH = Variant("synth", "rendered ground truth: streams synthesised from captions instead", source="synth")
+SYNTH = Variant("synth", "rendered ground truth: streams synthesised from captions instead", source="realtime_synth")
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
