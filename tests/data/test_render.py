@@ -94,9 +94,9 @@ def test_staging_folders_are_whole(rendered):
         ("train", "temporal"): 8,
         ("train", "sft"): 30,
         ("train", "realtime"): 24,
-        ("heldout", "align"): 4,
-        ("heldout", "temporal"): 4,
-        ("heldout", "sft"): 4,
+        ("heldout", "align"): 10,
+        ("heldout", "temporal"): 10,
+        ("heldout", "sft"): 10,
         ("heldout", "realtime"): 20,
     }
 
