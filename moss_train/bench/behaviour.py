@@ -72,7 +72,8 @@ def behaviour_command(options: BehaviourOptions) -> int:
     console, began = Console(stderr=True), time.monotonic()
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    place = Place(out, tuple([*(_QUICK_STEPS if options.quick else []), *options.overrides]), 1, options.limit_s)
+    overrides = (*(_QUICK_STEPS if options.quick else ()), *options.overrides)
+    place = Place(out, overrides, 1, options.limit_s)
     prepare_data(place, _QUICK if options.quick else {}, console)
     runs = [Run(seed, None) for seed in options.seeds]
     runs += [Run(seed, VARIANTS[name]) for seed in options.seeds for name in options.names]

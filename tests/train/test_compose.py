@@ -33,7 +33,7 @@ def test_the_real_time_stage_of_a_recipe_can_learn_from_synthesised_dialogues():
         plain, synth = (compose_run([f"recipe={recipe}", *more]) for more in ([], ["data=synth"]))
         assert compose_run([f"recipe={recipe}", "data=rendered"]) == plain
         sources = synth.stages["realtime"].data.sources
-        assert [source.path for source in sources.values()] == [f"{synth.data_root}/realtime_synth"]
+        assert sources["realtime"].path == f"{synth.data_root}/realtime_synth"
         sources["realtime"].path = f"{synth.data_root}/realtime"
         assert synth == plain  # nothing else differs
     with pytest.raises(ConfigError, match="data=synth: this recipe has no stage 'realtime'"):

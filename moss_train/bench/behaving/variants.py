@@ -24,14 +24,14 @@ VARIANTS: dict[str, Variant] = {
         FULL,
         Variant(
             "offline_mask",
-            "streaming-causal mask: in training every token sees all frames",
-            (f"{REALTIME}.compiler.visibility=offline",),
+            "streaming-causal mask: in training every token sees all frames of its stream",
+            (f"{REALTIME}.compiler.visibility=offline", f"{REALTIME}.compiler.window=null"),
         ),
         Variant("no_realtime", "real-time stage", trains=False),
         Variant(
             "no_silence_weighting",
-            "silence weighting: every label weighs 1, no state label is focal or balanced",
-            (f"{REALTIME}.objective.weights=null", f"{REALTIME}.objective.focal_gamma=0"),
+            "silence weighting: idle silence weighs as much as any word",
+            (f"{REALTIME}.objective.weights.idle_silence=1",),
         ),
         Variant(
             "no_revision_augmentation",
