@@ -20,7 +20,7 @@ _SMALL = [
     "model.text.hidden_size=16", "model.text.layers=2", "model.text.cross_layers=[1]", "model.text.attention_heads=2",
     "model.text.key_value_heads=2", "model.text.mlp_size=32", "model.pool_stride=1",
     "tracking.wandb=disabled", "tracking.console=false", "tracking.samples=true", "evaluate.source=null",
-    "~stages.temporal", "~stages.sft", "stages.*.trainable=all", "stages.*.epochs=null",
+    "~stages.temporal", "~stages.sft", "~stages.realtime.data.sources.sft", "stages.*.trainable=all", "stages.*.epochs=null",
     "stages.*.data.global_batch_size=4", "stages.*.data.micro_batch_rows=1", "stages.*.data.workers=0",
     "stages.*.optim.name=adamw", "stages.*.optim.lr=2e-3", "stages.*.optim.min_lr=0", "stages.*.log_every=1",
     "stages.*.compiler.jitter_probability=0.5",
