@@ -220,8 +220,8 @@ def _ratios(figures: dict[str, float], sizes: StreamOptions) -> dict[str, float]
 
 def frame_latencies(ours: CrossAttending, sizes: StreamOptions, console: Console) -> dict[str, float]:
     """Latency of a frame (its keys and values, its anchor's step; without the tower) near the stream's beginning and
-    far from it, taken in turns: with windows, every frame on the way fed by itself, and without, the way fed in long
-    pieces."""
+    far from it, taken in turns: with windows, every frame on the way fed by itself, and without, where the caches are
+    filled in long pieces."""
     half = min(32, sizes.near // 2)
     figures: dict[str, float] = {}
     windows = Sight(sizes.window, sizes.sinks, sizes.text_window, sizes.text_sinks)
@@ -230,7 +230,7 @@ def frame_latencies(ours: CrossAttending, sizes: StreamOptions, console: Console
         for at in (sizes.near, sizes.far):
             ours.start(sight)
             at_first = ours.cache_bytes
-            advance = ours.skip_to if name else ours.watch
+            advance = ours.fill if name else ours.watch
             advance(at - half)
             streams.append(ours.put_aside())
         near_s, far_s = ours.frame_seconds(streams, 2 * half)

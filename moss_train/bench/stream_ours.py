@@ -117,6 +117,15 @@ class CrossAttending:
             self._add(self.features(count), ids)
             self._feed(ids)
 
+    def fill(self, frames: int) -> None:
+        """Caches as large as if so many silent frames had gone by, at less cost: their tokens see no frame."""
+        while self._frames < frames:
+            count = min(64, frames - self._frames)
+            ids = [2, self._anchor] * count
+            self._add(self.features(count), ids)
+            self._feed(ids, blind=True)
+        self._feed([2])
+
     def watch(self, frames: int) -> None:
         """So many silent frames, each by itself."""
         features_1PH = self.features(1)
@@ -172,7 +181,7 @@ class CrossAttending:
         positions = torch.from_numpy(places.frame_positions.astype(np.int64))
         self._state.add_features(features_NPH, torch.zeros(len(positions), dtype=torch.long), positions)
 
-    def _feed(self, ids: list[int]) -> None:
+    def _feed(self, ids: list[int], blind: bool = False) -> None:
         tokens = np.array(ids)
         places = self._sight.places(tokens == self._anchor, self._tokens, self._frames)
         self._tokens, self._frames = self._tokens + len(ids), int(places.visible_hi[-1])
@@ -181,7 +190,7 @@ class CrossAttending:
             torch.from_numpy(places.positions.astype(np.int64))[None].to(self._device),
             torch.tensor([len(ids)]),
             torch.from_numpy(places.visible_lo)[None],
-            torch.from_numpy(places.visible_hi)[None],
+            torch.from_numpy(np.zeros_like(places.visible_hi) if blind else places.visible_hi)[None],
             self._sight.sinks,
             text_lo_RL=torch.from_numpy(places.text_lo)[None],
             text_sinks=self._sight.text_sinks,

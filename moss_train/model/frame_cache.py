@@ -318,6 +318,9 @@ class FrameCache:
         lo, hi = lo_RL[..., None], hi_RL[..., None]
         visible_RLS = (numbers_R1S >= 0) & (numbers_R1S < hi) & ((numbers_R1S >= lo) | (numbers_R1S < sinks))
         blind_RL = ~visible_RLS.any(-1)
+        if blind_RL[own_RL].all():
+            phase.used = 0
+            return phase
         sees_RL[:, tokens] |= own_RL & ~blind_RL
         if blind_RL.any():
             # A token without anything to see has no softmax; it looks anywhere and its result is set to zero.
