@@ -19,7 +19,8 @@ def shipped_tokenizer() -> StreamTokenizer:
 def world_stream(
     tokenizer: StreamTokenizer, config: CompilerConfig, seed: int, scenario: str | None = None
 ) -> tuple[StreamSample, CompiledStream]:
-    clip = sample_stream(np.random.default_rng(seed), "train", f"clip{seed}", scenario)
+    """A stream of the pace of held-out clips: those of training are too dense for slow speakers."""
+    clip = sample_stream(np.random.default_rng(seed), "heldout", f"clip{seed}", scenario)
     return compiled_stream(clip.sample, tokenizer, config)
 
 
