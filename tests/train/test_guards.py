@@ -60,7 +60,23 @@ class Watched:
             limit = self.guards.loss_limit()
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
             skipped = overflowed or not finite or (limit is not None and loss > limit)
-            output = StepOutput(loss, {}, {}, {}, {}, {}, {}, grad_norm, {}, skipped, overflowed)
+            output = StepOutput(
+                loss,
+                per_kind={},
+                per_kind_share={},
+                per_kind_count={},
+                silence_share=None,
+                decisions={},
+                calibration={},
+                decision_head={},
+                margin={},
+                per_source={},
+                per_source_count={},
+                grad_norm=grad_norm,
+                lr={},
+                skipped=skipped,
+                overflowed=overflowed,
+            )
             self.guards.heed(self.step, output, SAMPLES, self.tracker)
             self.tracker.commit(self.step)
 
