@@ -80,11 +80,21 @@ class EndpointOptions:
                 raise ConfigError(f"endpoint.{name}={value} must be above 0")
         if self.max_cost is not None and not (self.price_in or self.price_out):
             raise ConfigError("endpoint.max_cost needs endpoint.price_in and endpoint.price_out")
-        if self.api_key_env is not None and not os.environ.get(self.api_key_env):
+        if self.api_key_env is not None and not self.key():
             raise ConfigError(
                 f"endpoint.api_key_env={self.api_key_env}: this environment variable is not set; export the key, or "
                 "give endpoint.api_key_env=null for a server without keys"
             )
+        if not (self.key().isascii() and self.key().isprintable()):
+            raise ConfigError(
+                f"endpoint.api_key_env={self.api_key_env}: the key holds letters that cannot stand in a header; export "
+                "it again"
+            )
+
+    def key(self) -> str:
+        """The key, "" for none. White space around it, as of a file that it was read from, is no part of it: a library
+        that refuses a header would quote it."""
+        return os.environ.get(self.api_key_env, "").strip() if self.api_key_env else ""
 
     def settings(self) -> dict[str, Any]:
         """What shapes an answer beside its prompt."""
@@ -115,7 +125,7 @@ class ChatClient:
         self.usage = Usage()
         self._httpx = httpx
         self._options = options
-        self._key = os.environ.get(options.api_key_env, "") if options.api_key_env else ""
+        self._key = options.key()
         default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moss_train" / "synthesis"
         self._cache = Path(options.cache) if options.cache else default
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}

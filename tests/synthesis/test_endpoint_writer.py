@@ -218,6 +218,18 @@ def test_settings_of_the_endpoint_are_checked(changed, message):
         EndpointOptions(**({"model": "small", "api_key_env": None} | changed)).validate()
 
 
+def test_a_key_with_a_line_break_is_sent_without_it_and_never_shown(server, videos, monkeypatch):
+    """The HTTP library quotes a header that it refuses, so a key read from a file must not come to it as it is."""
+    monkeypatch.setenv("TEST_KEY", KEY + "\r\n")
+    synth(options(server, videos))
+    assert server.keys == {f"Bearer {KEY}"}
+    for key in (f"{KEY}\n{KEY}", KEY + "…"):
+        monkeypatch.setenv("TEST_KEY", key)
+        with pytest.raises(ConfigError, match="TEST_KEY") as raised:
+            synth(options(server, videos, out="other"))
+        assert KEY not in str(raised.value)
+
+
 def test_prompts_of_ones_own(server, videos):
     from moss_train.synthesis.endpoint import SHIPPED_PROMPTS
 
