@@ -35,6 +35,8 @@ from moss_train.streams.tokenizer import StreamTokenizer
 
 _GLANCE_S = 0.05  #: how often speech that waits for room looks whether it shall stop
 
+_LAST = ("end", "error")  #: kinds of `Said` behind which nothing comes
+
 Picture = Image.Image | np.ndarray | torch.Tensor
 
 
@@ -196,13 +198,15 @@ class LiveSession:
     # What goes out.
 
     def said(self, timeout_s: float | None = None) -> Iterator[Said]:
-        """What is put out, as it comes, until the session is over; `timeout_s` of quiet end it too."""
+        """What is put out, as it comes, until the session is over; `timeout_s` of quiet end it too. Several may listen:
+        each thing is told to one of them, the end to all."""
         while True:
             try:
                 item = self.tokens.get(timeout=timeout_s)
             except queue.Empty:
                 return
-            if item.kind in ("end", "error"):
+            if item.kind in _LAST:
+                self._put(item)  # who else listens, or asks again, must hear it too
                 self.check()
                 return
             yield item
@@ -213,7 +217,8 @@ class LiveSession:
             raise RuntimeError(f"the live session broke: {self._error}") from self._error
 
     def stop(self, timeout_s: float = 60.0) -> None:
-        """End at once: what waits is not read, the reply breaks off. Raises the error of a thread, if there was one."""
+        """End at once: what waits is not read, the reply breaks off. Raises the error of a thread, if there was one, and
+        TimeoutError when a thread still works after `timeout_s`."""
         with self._changed:
             over = self._stopping
             self._stopping = True
@@ -224,6 +229,9 @@ class LiveSession:
         if not over:
             self._put(Said("end", self.now_s(), self._decoder.frames_of(0)))
         self.check()
+        for thread in self._threads:
+            if thread is not threading.current_thread() and thread.is_alive():
+                raise TimeoutError(f"thread {thread.name} is still at work after {timeout_s} s")
 
     def finish(self, timeout_s: float | None = None) -> None:
         """No more comes: wait until all has been read and the reply, if one goes on, is over; then stop. What is said
@@ -236,6 +244,8 @@ class LiveSession:
             if self._threads[-1].is_alive():
                 raise TimeoutError(f"the reply goes on after {timeout_s} s")
         else:
+            if self._pictures or self._prompts:
+                self._read_all(self._logical_s)
             while self._conversation.due_s is not None:
                 self._tick(max(self._logical_s, self._conversation.due_s), [], [])
         self.stop()
@@ -253,6 +263,10 @@ class LiveSession:
             raise ValueError(f"advance({time_s}): the clock stands at {self._logical_s} and needs paced=true")
         while (due_s := self._conversation.due_s) is not None and due_s <= time_s + 1e-6 / self._rate:
             self._tick(max(self._logical_s, due_s), [], [])
+        self._read_all(time_s)
+
+    def _read_all(self, time_s: float) -> None:
+        """Read what was handed over; only without threads."""
         while self._pictures:
             picture = self._pictures.popleft()
             self._arrived.append(self._encoded(picture))
@@ -342,7 +356,7 @@ class LiveSession:
             self._tick(self.now_s(), prompts, frames)
 
     def _put(self, said: Said) -> None:
-        last = said.kind in ("end", "error")
+        last = said.kind in _LAST
         while True:
             try:
                 if not self._threads and not last:

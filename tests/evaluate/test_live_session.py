@@ -287,11 +287,16 @@ def test_stop_breaks_off_and_a_listener_hears_the_end(model):
     listener.join(PATIENCE_S)
     assert not listener.is_alive() and heard[0].text == "Talk."
     session.stop()  # a second time does nothing
+    assert list(session.said()) == []  # who asks again hears at once that it is over
     brief = LiveSession(talker, TOKENIZER, chatty, config=LiveConfig(slot_tokens=3), threads=False)
     brief.ask("Talk.")
     brief.advance(0.0)
     brief.finish()
     assert sum(said.kind == "token" for said in fetched(brief)) <= 3
+    unread = LiveSession(talker, TOKENIZER, chatty, config=LiveConfig(slot_tokens=3), threads=False)
+    unread.ask("Talk.")
+    unread.finish()  # reads what waits
+    assert fetched(unread)[0].text == "Talk."
     full = LiveSession(talker, TOKENIZER, compiler, config=LiveConfig(waiting_prompts=1), threads=False)
     full.ask("One.")
     with pytest.raises(queue.Full, match="1 prompts wait"):
@@ -315,6 +320,17 @@ def test_an_error_of_a_thread_reaches_the_caller(model):
             session.frame(picture(0))
         with pytest.raises(RuntimeError):
             session.stop()
+
+
+def test_a_thread_that_does_not_end_is_told(model):
+    slow = SlowModel(model)
+    session = LiveSession(slow, TOKENIZER, CompilerConfig())
+    session.ask("What do you see?")
+    until(lambda: slow.steps == 1)
+    with pytest.raises(TimeoutError, match="_speak is still at work"):
+        session.stop(0.01)
+    slow.may_go.set()
+    session.stop(PATIENCE_S)
 
 
 def live_bytes() -> int:
