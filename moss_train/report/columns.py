@@ -3,6 +3,7 @@
 A column holds, from top to bottom, the time, the frame (or the user's words), the reference's slot and the model's.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,10 +58,8 @@ class StreamColumns:
 
     def column_of(self, slot: int) -> int | None:
         """Number of the column that shows `slot`."""
-        for number, column in enumerate(self.columns):
-            if column.first <= slot <= column.last:
-                return number
-        return None
+        number = bisect_right(self.columns, slot, key=lambda column: column.first) - 1
+        return number if number >= 0 and slot <= self.columns[number].last else None
 
     @property
     def has_reference(self) -> bool:
