@@ -1,30 +1,29 @@
 """Questions about structured captions: colour, place and count of what is on screen, and a description of it.
 
-Times follow those of the rendered clips (`data/synthetic/world.py`): questions fall a quarter between two frames, and
-after an answer nothing changes for two frames, so that no revision has to wait for it.
+Times follow those of the rendered training clips (`data/synthetic/world.py`): questions fall a quarter between two
+frames, and what changes first after an answer changes a frame later at the earliest.
 """
 
 from dataclasses import replace
 
+from moss_train.data.synthetic.world import ASKED_ABOUT, PAUSES
 from moss_train.streams.media import SAME_MOMENT_S
 from moss_train.synthesis.dialogue import Question, Task
 from moss_train.synthesis.english import State, state_of
 from moss_train.synthesis.state_answers import DESCRIBE, DESCRIPTION, QUESTIONS, description
 
 CUT_IN = "Stop. "
-#: how often a question is about each attribute, where none of them changes
-ASKED_ABOUT = {"colour": 0.45, "place": 0.3, "count": 0.25}
-#: each later change of an attribute makes questions about it so much more likely: about half of all changes should ask
-#: for a revision, however many attributes there are
+#: each later change of an attribute makes questions about it so much more likely than `ASKED_ABOUT` says: about half of
+#: all changes should ask for a revision, however many attributes there are
 LEAN = 1.6
-#: frames without a change that an answer needs
-SETTLED = 2
+#: fewest frames from an answer to the next change
+SETTLED = PAUSES["train"][0]
 
 
 class StatePlanner:
     """Satisfies the `Planner` protocol."""
 
-    scarce = {"after": 30.0, "interruption": 2.1, "two_questions": 2.8, "silent": 0.9}
+    scarce = {"after": 30.0, "interruption": 2.1, "two_questions": 1.2, "silent": 1.0}
 
     def __init__(self, task: Task):
         self._task = task
@@ -70,7 +69,7 @@ class StatePlanner:
         return self._task.watch.start_s + frame / self._task.watch.fps
 
     def _settled(self, answer_frame: int, frames: int = SETTLED) -> bool:
-        """Whether nothing changes in the frames after an answer."""
+        """Whether nothing changes from an answer until so many frames after it."""
         return not any(answer_frame < change < answer_frame + frames for change in self._changes)
 
     def _steady(self, answer_frame: int, frames: int = SETTLED) -> bool:
