@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from moss_train.evaluate.decoder import StreamingDecoder
+from moss_train.streams.growing_text import GrowingText
 from moss_train.streams.tokenizer import StreamTokenizer
 
 
@@ -81,8 +82,7 @@ class Conversation:
         self._running = False  #: a reply goes on
         self._held: list[ArrivedFrame] = []  #: arrived during a reply that blocks
         self._reply_began_s = self._slot_began_s = self._now_s = 0.0
-        self._said: list[int] = []  #: of the running reply
-        self._shown = 0  #: letters of it that were put out
+        self._said = GrowingText(tokenizer)  #: the running reply
         self._slot_tokens = 0
         self._decided: float | None = None  #: P(silence) of a decision that nothing has come of yet
 
@@ -138,19 +138,15 @@ class Conversation:
     def _say(self, now_s: float) -> Said:
         token, starts = self._next, not self._running
         if starts:
-            self._running, self._said, self._shown = True, [], 0
+            self._running, self._said = True, GrowingText(self._tokenizer)
             self._reply_began_s = self._slot_began_s
-        self._said.append(token)
+        new = self._said.add(token)
         self._slot_tokens += 1
         self._decoder.put_tokens(0, [token])
-        text = self._tokenizer.decode(self._said)
-        # Until a letter is whole, its bytes decode to a replacement mark.
-        new = "" if text.endswith("\ufffd") else text[self._shown :]
-        self._shown += len(new)
         return self._put_out(Said("token", now_s, self._decoder.frames_of(0), token, new, starts=starts))
 
     def _be_silent(self, now_s: float) -> Said:
-        ends, self._running, self._said = self._running, False, []
+        ends, self._running, self._said = self._running, False, GrowingText(self._tokenizer)
         self._decoder.put_tokens(0, [self._silence])
         return self._put_out(Said("silence", now_s, self._decoder.frames_of(0), self._silence, ends=ends))
 
@@ -184,4 +180,4 @@ class Conversation:
 
     def _put_turn(self, text: str) -> None:
         self._decoder.put_turn(0, text)
-        self._running, self._said = False, []
+        self._running, self._said = False, GrowingText(self._tokenizer)

@@ -19,6 +19,7 @@ from moss_train.evaluate.config import DecodeConfig
 from moss_train.evaluate.decoder import SlotOutput, StreamingDecoder, most_tokens
 from moss_train.evaluate.schedule import Schedule, Step, schedule_of
 from moss_train.streams.config import CompilerConfig
+from moss_train.streams.growing_text import GrowingText
 from moss_train.streams.media import stream_frame_times
 from moss_train.streams.schema import StreamSample, parse_sample
 from moss_train.streams.timeline import build_timeline
@@ -169,8 +170,7 @@ class LivePrinter:
         self._console = console
         self._tokenizer = tokenizer
         self._line = ""  #: what the open line holds: "", "dots", "user" or "reply"
-        self._said: list[int] = []
-        self._shown = ""
+        self._said = GrowingText(tokenizer)  #: what the open line says
 
     def user(self, step: Step) -> None:
         if step.user:
@@ -181,13 +181,9 @@ class LivePrinter:
     def token(self, step: Step, token: int) -> None:
         if self._line != "reply":
             self._open("reply", step, "model", "bold green")
-            self._said, self._shown = [], ""
-        self._said.append(token)
-        text = self._tokenizer.decode(self._said)
-        # a letter may take several tokens; until it is whole, its bytes decode to a replacement mark
-        if not text.endswith("\ufffd"):
-            self._write(_printable(text[len(self._shown) :]), "green")
-            self._shown = text
+            self._said = GrowingText(self._tokenizer)
+        if new := self._said.add(token):
+            self._write(_printable(new), "green")
 
     def slot(self, step: Step, output: SlotOutput) -> None:
         if output.ends:

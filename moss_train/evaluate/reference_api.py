@@ -22,6 +22,7 @@ from moss_train.evaluate.query import Query
 from moss_train.evaluate.sampling import GenerationConfig, Sampler
 from moss_train.evaluate.stream import LiveConfig, LiveSession, as_frame
 from moss_train.streams.config import CompilerConfig
+from moss_train.streams.growing_text import GrowingText
 from moss_train.streams.media import PLACEHOLDERS, MediaInfo, offline_frame_times
 from moss_train.streams.tokenizer import StreamTokenizer
 
@@ -182,14 +183,10 @@ class ReferenceApi:
         system = processor.systems.get(query["system_prompt_type"], processor.system)
         row = Query(self._model, processor.tokenizer, processor.compiler, parts, system)
         out_queue.put(ROUND_START)
-        said: list[int] = []
-        shown = 0
+        said = GrowingText(processor.tokenizer)
         for token in row.answer(sampler, generate["max_new_tokens"], at_once):
-            said.append(token)
-            text = processor.tokenizer.decode(said)
-            if not text.endswith("\ufffd") and text[shown:]:
-                out_queue.put(text[shown:])
-                shown = len(text)
+            if new := said.add(token):
+                out_queue.put(new)
             if self._stop.is_set():
                 break
         out_queue.put(ROUND_END)

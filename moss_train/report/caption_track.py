@@ -8,6 +8,7 @@ from typing import Protocol
 from moss_train.evaluate.judges import TextJudge
 from moss_train.evaluate.schedule import Step
 from moss_train.report.words import visible
+from moss_train.streams.growing_text import Decoder, GrowingText
 
 KINDS = ("user", "text", "end", "silence")
 
@@ -51,14 +52,10 @@ class Decoded(Protocol):
     ends: bool
 
 
-class Tokenizer(Protocol):
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-
 def captions_of(
     steps: Sequence[Step],
     outputs: Sequence[Decoded],
-    tokenizer: Tokenizer,
+    tokenizer: Decoder,
     tokens_per_second: float,
     token_times_s: Sequence[Sequence[float]] | None = None,
 ) -> list[CaptionEvent]:
@@ -74,8 +71,7 @@ def captions_of(
     A letter that takes several tokens comes with the last of them.
     """
     events: list[CaptionEvent] = []
-    said: list[int] = []
-    shown = 0
+    said = GrowingText(tokenizer)
     for number, (step, output) in enumerate(zip(steps, outputs, strict=True)):
         if step.user is not None and step.user.strip():
             events.append(CaptionEvent(step.time_s, "user", step.user))
@@ -83,17 +79,14 @@ def captions_of(
             events.append(CaptionEvent(step.time_s, "silence"))
             continue
         if output.state == "speak" or step.user is not None:
-            said, shown = [], 0
+            said = GrowingText(tokenizer)
         time_s = step.time_s
         for place, token in enumerate(output.ids):
             time_s = min(step.time_s + place / tokens_per_second, step.end_s)
             if token_times_s is not None:
                 time_s = token_times_s[number][place]
-            said.append(token)
-            text = tokenizer.decode(said)
-            if not text.endswith("\ufffd"):
-                events.append(CaptionEvent(time_s, "text", text[shown:]))
-                shown = len(text)
+            if new := said.add(token):
+                events.append(CaptionEvent(time_s, "text", new))
         if output.ends:
             end_s = min(time_s + 1 / tokens_per_second, step.end_s) if token_times_s is None else time_s
             events.append(CaptionEvent(max(end_s, time_s), "end"))
