@@ -217,8 +217,8 @@ class LiveSession:
             raise RuntimeError(f"the live session broke: {self._error}") from self._error
 
     def stop(self, timeout_s: float = 60.0) -> None:
-        """End at once: what waits is not read, the reply breaks off. Raises the error of a thread, if there was one, and
-        TimeoutError when a thread still works after `timeout_s`."""
+        """End at once: what waits is not read, the reply breaks off. Raises the error of a thread, if there was one,
+        TimeoutError when one still works after `timeout_s`."""
         with self._changed:
             over = self._stopping
             self._stopping = True
