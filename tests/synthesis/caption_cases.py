@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from pathlib import Path
 
 import numpy as np
 from hypothesis import strategies as st
@@ -89,3 +90,7 @@ def state_timelines(draw) -> CaptionTimeline:
         captions.append((now_s, until_s, f"{count} {colour} block{'' if count == 'one' else 's'} {place}"))
         now_s = until_s + draw(st.sampled_from([0.0, 0.0, 2.5]))
     return timeline(*captions, end_s=end_s, states=True)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

@@ -27,7 +27,3 @@ def videos(tmp_path) -> Path:
         }
     (tmp_path / "captions.json").write_text(json.dumps(entries))
     return tmp_path
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

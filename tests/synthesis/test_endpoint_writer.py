@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+from caption_cases import files
 from chat_server import PLAN, answer
-from conftest import files
 
 from moss_train.cli import main
 from moss_train.errors import ConfigError, DataError

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import files
+from caption_cases import files
 
 from moss_train.cli import main
 from moss_train.data.shards.pack import pack
