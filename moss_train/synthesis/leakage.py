@@ -21,8 +21,12 @@ FUNCTION_WORDS = frozenset(
 NUMBERS = dict(
     zip("zero one two three four five six seven eight nine ten eleven twelve".split(), map(str, range(13)), strict=True)
 )
+_UNIT = r"(?:s|sec|secs|seconds?|minutes?|mins?)"
+_COUNT = rf"(?:\d+(?:\.\d+)?|{'|'.join(NUMBERS)})"
 _CLOCK = re.compile(
-    r"\b\d{1,2}:\d{2}\b|\b\d+(?:\.\d+)?\s*(?:s|sec|secs|seconds?|minutes?|mins?)\b|\btimestamps?\b", re.IGNORECASE
+    rf"\b\d{{1,2}}:\d{{2}}\b|\b\d+(?:\.\d+)?\s*{_UNIT}\b|\b{_COUNT}\s+{_UNIT}\b|\b(?:second|minute)\s+{_COUNT}\b"
+    r"|\btimestamps?\b",
+    re.IGNORECASE,
 )
 #: endings in the order in which they are tried; what must remain has three letters at least
 _ENDINGS = ("ings", "ing", "edly", "ed", "ers", "ies", "es", "s", "ly", "er", "e", "y")

@@ -38,7 +38,16 @@ def test_forms_of_a_word_have_one_stem(words):
 
 @pytest.mark.parametrize(
     ("text", "times"),
-    [("At 0:12 he sits.", ["0:12"]), ("After 5 seconds.", ["5 seconds"]), ("Two cars.", []), ("In 12.5s.", ["12.5s"])],
+    [
+        ("At 0:12 he sits.", ["0:12"]),
+        ("After 5 seconds.", ["5 seconds"]),
+        ("Two cars.", []),
+        ("In 12.5s.", ["12.5s"]),
+        ("Twelve seconds later he sits.", ["Twelve seconds"]),
+        ("At second 12.", ["second 12"]),
+        ("The second man has two.", []),
+        ("One of them.", []),
+    ],
 )
 def test_times_are_found(text, times):
     assert clock_words(text, SEEN) == times
