@@ -81,6 +81,12 @@ def test_a_killed_run_with_a_head_ends_with_the_same_bits(trained, tmp_path, mon
     assert all(torch.equal(ours[name], theirs[name]) for name in HEAD)
 
 
+def test_a_head_that_is_not_trained_is_no_objective(trained, tmp_path):
+    """A recipe that lists its groups would else train with the head's loss and leave the head at zeros."""
+    with pytest.raises(ConfigError, match=r"add decision_head to stages\.realtime\.trainable"):
+        train(trained[2], tmp_path, "stages.realtime.trainable=[cross_layers,self_layers,head]")
+
+
 def test_a_head_is_not_dropped_unasked(trained, tmp_path):
     _, output, overrides = trained
     changed = [text for text in overrides if not text.startswith(("model.decision_head", "stages.realtime.objective"))]
