@@ -46,15 +46,16 @@ class Labels(NamedTuple):
 
 def labels_of(batch: Batch, anchor_id: int | None) -> Labels:
     """The masks of `batch`. Without `anchor_id` no position counts as an anchor."""
+    anchors_RT = None if anchor_id is None else batch.ids_RT == anchor_id
     trained_RT = (batch.labels_RT != IGNORED_LABEL) & (batch.weights_RT > 0)
     idle_RT = trained_RT & (batch.kinds_RT == Kind.IDLE_SILENCE)
     return Labels(
         trained_RT=trained_RT,
-        starts_RT=trained_RT & reply_starts(batch.kinds_RT, batch.segments_RT),
+        starts_RT=trained_RT & reply_starts(batch.kinds_RT, batch.segments_RT, anchors_RT),
         silences_RT=idle_RT | (trained_RT & (batch.kinds_RT == Kind.STOP_SILENCE)),
         idle_RT=idle_RT,
         contrasts_RT=trained_RT & (batch.contrasts_RT >= 0),
-        anchors_RT=batch.ids_RT == anchor_id if anchor_id is not None else torch.zeros_like(trained_RT),
+        anchors_RT=torch.zeros_like(trained_RT) if anchors_RT is None else anchors_RT,
     )
 
 

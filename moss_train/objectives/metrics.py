@@ -5,8 +5,9 @@ and the label.
 
 A *decision* is a position whose label either starts a reply or is silence while no reply runs:
 
-* truth "speak": the label's kind is ONSET, or REVISION and it opens the revision, which is when the last trained
-  label before it in the same stream is not a REVISION (all tokens of a revision carry that kind);
+* truth "speak": the label's kind is ONSET, or REVISION and it opens the revision (all tokens of a revision carry that
+  kind), which is when the last trained label before it in the same stream is not a REVISION, or other tokens than
+  frames' anchors stand between them, as where the user cuts a revision and is answered by another one;
 * truth "silence": the label's kind is IDLE_SILENCE.
 
 The model's decision is the greedy one: it is silent when no token has a larger logit than silence has. Labels
@@ -33,10 +34,13 @@ class Decision(IntEnum):
     STOP_WENT_ON = 5
 
 
-def reply_starts(kinds_RT: torch.Tensor, segments_RT: torch.Tensor) -> torch.Tensor:
+def reply_starts(
+    kinds_RT: torch.Tensor, segments_RT: torch.Tensor, anchors_RT: torch.Tensor | None = None
+) -> torch.Tensor:
     """bool [R, T]: the label is the first token of a reply, of a revision too.
 
-    kinds_RT: uint8 values of `Kind`; segments_RT: int, which stream of the row a token belongs to.
+    kinds_RT: uint8 values of `Kind`; segments_RT: int, which stream of the row a token belongs to; anchors_RT: bool,
+    the token is a frame's anchor; None: not known, and whatever stands between two labels of revisions counts as one.
     """
     rows, length = kinds_RT.shape
     trained_RT = kinds_RT != Kind.IGNORED
@@ -51,6 +55,11 @@ def reply_starts(kinds_RT: torch.Tensor, segments_RT: torch.Tensor) -> torch.Ten
         & (kinds_RT.gather(1, before_RT) == Kind.REVISION)
         & (segments_RT.gather(1, before_RT) == segments_RT)
     )
+    if anchors_RT is not None:
+        # The label at p is the token p + 1; the tokens from p + 2 to t stand between the two labels.
+        upto_RT = anchors_RT.long().cumsum(dim=1)
+        between_RT = upto_RT - upto_RT.gather(1, (before_RT + 1).clamp_max(length - 1))
+        continues_RT &= between_RT == places_T - before_RT - 1
     return (kinds_RT == Kind.ONSET) | ((kinds_RT == Kind.REVISION) & ~continues_RT)
 
 

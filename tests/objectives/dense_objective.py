@@ -15,13 +15,15 @@ def _described(batch: Batch) -> list[dict]:
     found = []
     rows, length = batch.ids_RT.shape
     for row in range(rows):
-        before = None  # kind and stream of the last label, masked or not
+        before = None  # kind and stream of the last label, masked or not, and its place
         for t in range(length):
             kind, segment = Kind(int(batch.kinds_RT[row, t])), int(batch.segments_RT[row, t])
             if kind == Kind.IGNORED:
                 continue
-            goes_on = kind == Kind.REVISION and before == (Kind.REVISION, segment)
-            before = (kind, segment)
+            goes_on = kind == Kind.REVISION and before is not None and before[:2] == (Kind.REVISION, segment)
+            # a label is the token behind its place; inside a reply only anchors stand between two of them
+            goes_on = goes_on and all(int(batch.ids_RT[row, u]) == ANCHOR for u in range(before[2] + 2, t + 1))
+            before = (kind, segment, t)
             if batch.labels_RT[row, t] == IGNORED_LABEL or batch.weights_RT[row, t] <= 0:
                 continue
             starts = kind == Kind.ONSET or (kind == Kind.REVISION and not goes_on)

@@ -13,13 +13,21 @@ SKIP, TEXT, ONSET = Kind.IGNORED, Kind.TEXT, Kind.ONSET
 IDLE, STOP, REVISE = Kind.IDLE_SILENCE, Kind.STOP_SILENCE, Kind.REVISION
 
 
-def starts(kinds, segments=None):
+def starts(kinds, segments=None, anchors=None):
     segments = segments or [0] * len(kinds)
-    return reply_starts(torch.tensor([kinds], dtype=torch.uint8), torch.tensor([segments])).tolist()[0]
+    anchors = None if anchors is None else torch.tensor([anchors], dtype=torch.bool)
+    return reply_starts(torch.tensor([kinds], dtype=torch.uint8), torch.tensor([segments]), anchors).tolist()[0]
 
 
 def test_a_revision_starts_once_even_when_anchors_interrupt_it():
     assert starts([IDLE, REVISE, REVISE, SKIP, REVISE, STOP, IDLE]) == [False, True, False, False, False, False, False]
+
+
+def test_a_revision_that_answers_the_user_who_cut_another_one_starts_anew():
+    """Ids: three tokens of a revision with an anchor after the second, four tokens of a user turn, two tokens."""
+    kinds = [REVISE, REVISE, SKIP, REVISE, SKIP, SKIP, SKIP, SKIP, REVISE, REVISE, STOP]
+    anchors = [0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
+    assert starts(kinds, anchors=anchors) == [place in (0, 8) for place in range(11)]
 
 
 def test_two_revisions_with_a_stop_between_them_start_twice():
