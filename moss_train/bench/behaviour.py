@@ -98,7 +98,7 @@ def behaviour_command(options: BehaviourOptions) -> int:
 
 def prepare_data(place: Place, clips: dict[str, int], console: Console) -> None:
     """Rendered clips, the streams synthesised from their captions, and all of it packed, made where it is missing."""
-    rendered, marker = place.out / "clips", place.out / "data" / "render.json"
+    rendered, marker = place.out / "clips", place.clips
     render(RenderOptions(out=str(rendered), overwrite=True, **clips), progress=True)
     made_from = (rendered / "render.json").read_bytes()
     if marker.is_file() and marker.read_bytes() == made_from:

@@ -17,6 +17,7 @@ from typing import Any
 
 from moss_train.bench.behaving.variants import SHARED, VARIANTS, Variant
 from moss_train.errors import DataError
+from moss_train.train.compose import compose_run, resolved_dict
 
 STAGES_BEFORE = ("align", "temporal", "sft")
 LAST = "realtime"
@@ -34,6 +35,11 @@ class Place:
     @property
     def record(self) -> Path:
         return self.out / "runs.jsonl"
+
+    @property
+    def clips(self) -> Path:
+        """What tells the packed clips from others."""
+        return self.out / "data" / "render.json"
 
     def data(self, source: str) -> Path:
         return self.out / "data" / source
@@ -74,8 +80,14 @@ class Run:
         ]
 
     def digest(self, place: Place) -> str:
-        """Changes when the run would be another."""
-        return hashlib.sha256(json.dumps([self.name, self.command(place)]).encode()).hexdigest()[:12]
+        """Changes when the run would be another: other clips, another recipe, other stages before it."""
+        settings = None
+        command = self.command(place)
+        if command:
+            settings = resolved_dict(compose_run(command[1:]))
+        before = "" if self.variant is None else Run(self.seed, None).digest(place)
+        clips = place.clips.read_text(encoding="utf-8") if place.clips.is_file() else ""
+        return hashlib.sha256(json.dumps([self.name, settings, before, clips]).encode()).hexdigest()[:12]
 
 
 def finished(place: Place) -> dict[tuple[int, str], dict[str, Any]]:
