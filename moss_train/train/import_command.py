@@ -1,7 +1,7 @@
 """`moss-train convert import`: a Hugging Face folder becomes one of our checkpoints."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -110,7 +110,7 @@ def _tokenizer(source: Path, config: TokenizerConfig, sizes: ModelConfig) -> tup
         path = str(source)
     ids = _reserved_ids(Path(path), config) | config.special_ids
     rows = sizes.text.vocabulary_size
-    filled = TokenizerConfig(path, dict(config.special), ids, config.vocabulary_size)
+    filled = replace(config, path=path, special=dict(config.special), special_ids=ids)
     tokenizer = load_tokenizer(filled)
     if tokenizer.vocabulary_size != rows and config.vocabulary_size is None:
         filled.vocabulary_size = rows  # a head may have rows to spare

@@ -18,7 +18,8 @@ SMALL = [
 def small_overrides(packed: Path) -> list[str]:
     """Overrides of a small run of two stages, `align` then `realtime`, without an output folder."""
     return [
-        "recipe=quickstart", *SMALL, "~stages.temporal", "~stages.sft", f"data_root={packed / 'train'}",
+        "recipe=quickstart", *SMALL, "~stages.temporal", "~stages.sft",
+        "~stages.realtime.data.sources.sft", f"data_root={packed / 'train'}",
         f"evaluate.source={packed / 'heldout' / 'realtime'}", f"evaluate.offline_source={packed / 'heldout' / 'sft'}",
         "stages.align.steps=3", "stages.realtime.steps=6",
     ]  # fmt: skip
