@@ -150,6 +150,10 @@ class DeepSpeedEngine:
         """See `protocol.Engine.eval_step`."""
         return self._run(microbatches, training=False)
 
+    def evaluated_part(self) -> VideoModel | None:
+        """See `protocol.Engine.evaluated_part`."""
+        return None if self._parallel.layout.zero == 3 else self._model
+
     def expected_shapes(self, optimizer: bool = True) -> dict[str, tuple[int, ...]]:
         """See `protocol.Engine.expected_shapes`."""
         shapes = {f"{NAMESPACE}/{name}": shape for name, shape in self._shapes.items()}

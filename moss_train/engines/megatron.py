@@ -139,6 +139,12 @@ class MegatronEngine:
             wrapped.eval()
         return self._run_schedule(microbatches, forward_only=True)
 
+    def evaluated_part(self) -> VideoModel:
+        """See `protocol.Engine.evaluated_part`."""
+        # Layers find their weights gathered then, and ask no other process for them.
+        self._finish_param_gather()
+        return self._model
+
     def expected_shapes(self, optimizer: bool = True) -> dict[str, tuple[int, ...]]:
         """See `protocol.Engine.expected_shapes`."""
         shapes = {f"{NAMESPACE}/{name}": shape for name, shape in self._shapes.items()}

@@ -73,6 +73,11 @@ class Engine(Protocol):
     def eval_step(self, microbatches: Sequence[Batch]) -> LossFigures:
         """The loss of this rank's microbatches as one global batch with the other ranks', without training."""
 
+    def evaluated_part(self) -> torch.nn.Module | None:
+        """What this process holds of the model, all its chunks, with the weights that it computes with after the last
+        step: for use between steps, together with the processes of its model-parallel group and no others. None where
+        parameters are not whole between steps (ZeRO 3). Collective; ask again after a step."""
+
     def expected_shapes(self, optimizer: bool = True) -> dict[str, Shape]:
         """Canonical name → global shape of every tensor that `load` (or `load_weights`) needs."""
 

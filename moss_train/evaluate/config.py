@@ -24,6 +24,11 @@ class DecodeConfig:
     think_tokens: int = 32
     """Most tokens of a think unit; a longer one is closed for the model."""
 
+    @property
+    def speaks_from(self) -> float:
+        """The least P(speak) of the decision head at which an idle model speaks."""
+        return 0.5 if self.head_threshold is None else self.head_threshold
+
     def validate(self) -> None:
         if self.decide_by not in DECIDE_BY:
             raise ConfigError(f"decode.decide_by={self.decide_by!r}: legal values are {', '.join(DECIDE_BY)}")

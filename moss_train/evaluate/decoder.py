@@ -30,10 +30,13 @@ from moss_train.errors import ConfigError
 from moss_train.evaluate.config import DecodeConfig
 from moss_train.evaluate.schedule import Schedule, Step
 from moss_train.model.frame_cache import KeepPolicy
+from moss_train.parallel import groups
 from moss_train.streams.config import CompilerConfig
 from moss_train.streams.sight import Sight
 from moss_train.streams.template import TurnTemplate
 from moss_train.streams.tokenizer import StreamTokenizer
+
+NO_HEAD = "decode.decide_by=head: the model has no decision head; set decode.decide_by=tokens"
 
 
 @dataclass
@@ -102,7 +105,7 @@ class StreamingDecoder:
         self._rows = [_Row(system) for system in systems]
         self._choose_from = choose or (lambda logits_RV: logits_RV.argmax(-1))
         self._state = model.start_streams(len(systems), max_tokens, max_frames, sight=self._sight, keep=keep)
-        self._device = next(model.parameters()).device
+        self._device = device_of(model)
         self._silence = tokenizer.special.silence
         self._blocked = compiler.perceive == "blocked"
         self._thinks = compiler.think == "keep" and tokenizer.special.think_start is not None
@@ -296,7 +299,7 @@ class StreamingDecoder:
         if self._config.decide_by == "tokens":
             return logits_RV[asked], None
         if self._state.decisions_RL is None:
-            raise ConfigError("decode.decide_by=head: the model has no decision head; set decode.decide_by=tokens")
+            raise ConfigError(NO_HEAD)
         at_frame_R = torch.tensor(ends_in_anchor, device=self._device)
         return logits_RV[asked], self._state.decisions_RL[asked, -1].sigmoid().masked_fill(~at_frame_R, torch.nan)
 
@@ -372,8 +375,7 @@ class StreamingDecoder:
                 is_silent_R = silence_R >= threshold
             else:
                 idle_R &= ~speak_R.isnan()
-                half = self._config.head_threshold
-                is_silent_R = speak_R < (0.5 if half is None else half)
+                is_silent_R = speak_R < self._config.speaks_from
                 silence_R = torch.where(idle_R, 1.0 - speak_R, silence_R)
             silence = torch.tensor([self._silence], device=self._device)
             text_R = self._choose_from(logits_RV.index_fill(1, silence, -torch.inf))
@@ -391,6 +393,12 @@ class StreamingDecoder:
             for token in inside or ([special.think_start] if state.may_think else []):
                 if token is not None:
                     logits_RV[place, token] = raw_RV[place, token]
+
+
+def device_of(model: Any) -> torch.device:
+    """Where what this process holds of the model runs; a pipeline stage may hold nothing."""
+    parameter = next(model.parameters(), None)
+    return groups.state().device if parameter is None else parameter.device
 
 
 def forbidden_tokens(tokenizer: StreamTokenizer) -> list[int]:

@@ -15,8 +15,8 @@ import torch
 
 from moss_train.data.collate import collate
 from moss_train.evaluate.prepared import PreparedCorpus, PreparedStream, Share
+from moss_train.evaluate.row_predictions import largest_deviation
 from moss_train.evaluate.runner import evaluating
-from moss_train.evaluate.teacher_forced import largest_deviation
 from moss_train.streams.compiled import CompiledStream
 
 _CUTS = 3  #: how many f are tried in each stream

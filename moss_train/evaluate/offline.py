@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from moss_train.errors import DataError, SampleError
 from moss_train.evaluate.config import EvaluationConfig
-from moss_train.evaluate.decoder import forbidden_tokens
+from moss_train.evaluate.decoder import device_of, forbidden_tokens
 from moss_train.evaluate.judges import Judge
 from moss_train.evaluate.metrics import OFFLINE, OFFLINE_SILENT
 from moss_train.evaluate.metrics.replies import mean
@@ -134,13 +135,15 @@ def run_conversations(
     config: EvaluationConfig,
     share: Share | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> OfflineRun:
-    """Have a share of the conversations answered by `model`, which is put into evaluation mode and back."""
+    """Have a share of the conversations answered by `model`, which is put into evaluation mode and back. `group` as in
+    `run_streams`: who runs them in lockstep, with a part of the model each."""
     run, share = OfflineRun(), share or Share()
     total = len(range(share.number, len(prepared.items), share.count))
     done = 0
     with evaluating(model):
-        for conversations, frames in prepared.batches(share, config.batch_streams, run.skipped):
+        for conversations, frames in prepared.batches(share, config.batch_streams, run.skipped, group):
             run.answers += _answered(model, conversations, frames, tokenizer, prepared.compiler, config.answer_tokens)
             done += len(conversations)
             if on_progress is not None:
@@ -228,7 +231,7 @@ class _Decoder:
         self._special, self._vocabulary = tokenizer.special, tokenizer.vocabulary_size
         self._sight = Sight.of(compiler)
         self._state = model.start_streams(rows, max_tokens, max_frames)
-        self._device = next(model.parameters()).device
+        self._device = device_of(model)
         special = self._special
         self._stops = {special.silence, special.end_of_turn, special.end_of_text}
         self._forbidden = torch.tensor(
@@ -306,16 +309,18 @@ class _Decoder:
             lengths_R[row] = count
             self._length[row] += count
             self._pending[row] = []
-        chosen = torch.tensor(rows, device=self._device)
-        last = torch.from_numpy(lengths_R[rows] - 1).to(self._device)
-        logits_RLV = self._model.extend(
+        # ranges and lengths stay on the CPU, where the caches read them
+        logits_RV = self._model.extend(
             self._state,
-            *(torch.from_numpy(array).to(self._device) for array in (ids_RL, positions_RL, lengths_R)),
-            visible_lo_RL=torch.from_numpy(lo_RL).to(self._device),
-            visible_hi_RL=torch.from_numpy(hi_RL).to(self._device),
+            torch.from_numpy(ids_RL).to(self._device),
+            torch.from_numpy(positions_RL).to(self._device),
+            torch.from_numpy(lengths_R),
+            visible_lo_RL=torch.from_numpy(lo_RL),
+            visible_hi_RL=torch.from_numpy(hi_RL),
             sinks=self._sight.sinks,
             cross_positions_RL=torch.from_numpy(cross_RL).to(self._device),
-            text_lo_RL=torch.from_numpy(text_lo_RL).to(self._device),
+            text_lo_RL=torch.from_numpy(text_lo_RL),
             text_sinks=self._sight.text_sinks,
+            only_last=True,
         )
-        return logits_RLV[chosen, last]
+        return logits_RV[torch.tensor(rows, device=self._device)]

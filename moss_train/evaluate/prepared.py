@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from moss_train.errors import DataError, SampleError
 from moss_train.evaluate.schedule import Schedule, read_stream
 from moss_train.evaluate.transcript import StreamTranscript
+from moss_train.parallel import groups
+from moss_train.parallel.agreement import told_by_first
 from moss_train.parallel.phases import beat
 from moss_train.streams.compiled import CompiledStream, FrameRequest
 from moss_train.streams.compiler import compile_sample
@@ -57,6 +60,32 @@ class FrameCache:
                 self._room -= size
                 self._kept[number, requests] = found
         return found
+
+
+def _frames_of_first(
+    cache: FrameCache, group: dist.ProcessGroup, number: int, requests: tuple[FrameRequest, ...]
+) -> torch.Tensor:
+    """`cache.frames` of the first process of `group`, on all of them: each sample is decoded once, and all leave out
+    the same. Every process of the group must call it alike; SampleError on all when the first cannot decode them."""
+    frames, told = None, None
+    if group.rank() == 0:
+        try:
+            frames = cache.frames(number, requests)
+            told = {"shape": list(frames.shape)}
+        except SampleError as error:
+            told = {"key": error.key, "reason": error.reason}
+    told = told_by_first(told, group)
+    if "reason" in told:
+        raise SampleError(told["key"], told["reason"])
+    device = groups.state().device
+    sent = (
+        torch.empty(told["shape"], dtype=torch.uint8, device=device)
+        if frames is None
+        else frames.to(device).contiguous()
+    )
+    if sent.numel():
+        dist.broadcast(sent, group=group, group_src=0)
+    return sent.cpu() if frames is None else frames
 
 
 @dataclass(frozen=True)
@@ -111,10 +140,11 @@ class PreparedCorpus(Generic[Item]):
         return self.cache.frames(item.number, item.compiled.frames)
 
     def batches(
-        self, share: Share, size: int, skipped: dict[str, str]
+        self, share: Share, size: int, skipped: dict[str, str], group: dist.ProcessGroup | None = None
     ) -> Iterator[tuple[list[Item], list[torch.Tensor]]]:
         """The samples of a share with their frames, those of similar length together, the longest first, so that memory
-        runs out at once or never. Those that do not decode are left out and put into `skipped`."""
+        runs out at once or never. Those that do not decode are left out and put into `skipped`. `group`: processes that
+        go through the same share in lockstep, for all of which the first decodes."""
         ordered = sorted(self.items, key=lambda item: tuple(-length for length in item.length))
         ordered = ordered[share.number :: share.count]
         for start in range(0, len(ordered), size):
@@ -122,7 +152,8 @@ class PreparedCorpus(Generic[Item]):
             for item in ordered[start : start + size]:
                 beat()
                 try:
-                    frames.append(self.cache.frames(item.number, item.compiled.frames))
+                    wanted = item.number, item.compiled.frames
+                    frames.append(_frames_of_first(self.cache, group, *wanted) if group else self.cache.frames(*wanted))
                     batch.append(item)
                 except SampleError as error:
                     skipped[item.compiled.key] = error.reason

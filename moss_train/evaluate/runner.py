@@ -11,17 +11,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from moss_train.data.batch import Batch
-from moss_train.data.collate import collate
 from moss_train.errors import DataError
 from moss_train.evaluate.config import DecodeConfig, EvaluationConfig
 from moss_train.evaluate.decoder import SlotOutput, StreamingDecoder, most_tokens
 from moss_train.evaluate.judges import Judge
 from moss_train.evaluate.metrics import streaming_figures, teacher_forced_figures
 from moss_train.evaluate.prepared import Corpus, PreparedCorpus, PreparedStream, Share, prepare_streams
+from moss_train.evaluate.row_predictions import predictions_at_once, predictions_in_lockstep
 from moss_train.evaluate.teacher_forced import missed_turns, rolled_forward, teacher_forced_transcripts
 from moss_train.evaluate.transcript import StreamTranscript
+from moss_train.model.predictions import Predictions
 from moss_train.parallel.phases import beat
 from moss_train.streams.compiled import CompiledStream
 from moss_train.streams.config import CompilerConfig
@@ -93,16 +94,24 @@ def run_streams(
     decode: DecodeConfig,
     share: Share | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> StreamsRun:
-    """Run a share of the streams through `model`, which is put into evaluation mode and back."""
+    """Run a share of the streams through `model`, which is put into evaluation mode and back.
+
+    `group`: the processes that hold a part of the model each, when `model` is this one's; all must call this with the
+    same share, run it in lockstep and find the same.
+    """
     run, share = StreamsRun(), share or Share()
     total = len(range(share.number, len(prepared.items), share.count))
     with evaluating(model):
-        for streams, frames in prepared.batches(share, config.batch_streams, run.skipped):
+        for streams, frames in prepared.batches(share, config.batch_streams, run.skipped, group):
             started = time.perf_counter()
             run.free += free_running(model, streams, frames, tokenizer, prepared.compiler, decode)
             between = time.perf_counter()
-            run.forced += _teacher_forced(model, streams, frames, tokenizer, prepared.compiler, decode)
+            run.forced += _teacher_forced(
+                predictions_at_once if group is None else predictions_in_lockstep,
+                model, streams, frames, tokenizer, prepared.compiler, decode,
+            )  # fmt: skip
             run.free_seconds += between - started
             run.forced_seconds += time.perf_counter() - between
             if on_progress is not None:
@@ -207,6 +216,7 @@ def fill_transcript(
 
 
 def _teacher_forced(
+    predict: Callable[..., Predictions],
     model: Any,
     streams: Sequence[PreparedStream],
     frames_FCHW: Sequence[torch.Tensor],
@@ -216,28 +226,26 @@ def _teacher_forced(
 ) -> list[StreamTranscript]:
     finished: list[StreamTranscript] = []
     compiled = [stream.compiled for stream in streams]
-    for part, batch in _passes(compiled, frames_FCHW, tokenizer.vocabulary_size):
-        transcripts = [streams[number].transcript for number in part]
+    for part in _passes(compiled, tokenizer.vocabulary_size):
         rows = [compiled[number] for number in part]
-        finished += teacher_forced_transcripts(model, batch, rows, transcripts, tokenizer, decode.speak_threshold)
+        predictions = predict(model, rows, [frames_FCHW[number] for number in part])
+        transcripts = [streams[number].transcript for number in part]
+        finished += teacher_forced_transcripts(predictions, rows, transcripts, tokenizer, decode)
     missed = missed_turns(compiled, finished, tokenizer, compiler)
-    seen = [frames_FCHW[turn.stream][: len(turn.row.frames)] for turn in missed]
-    for part, batch in _passes([turn.row for turn in missed], seen, tokenizer.vocabulary_size):
+    for part in _passes([turn.row for turn in missed], tokenizer.vocabulary_size):
         turns = [missed[number] for number in part]
-        found = rolled_forward(model, batch, turns, tokenizer, decode.speak_threshold)
+        seen = [frames_FCHW[turn.stream][: len(turn.row.frames)] for turn in turns]
+        found = rolled_forward(predict(model, [turn.row for turn in turns], seen), turns, tokenizer, decode)
         for turn, rolled in zip(turns, found, strict=True):
             transcript = finished[turn.stream]
             finished[turn.stream] = replace(transcript, rolled=(*transcript.rolled, rolled))
     return finished
 
 
-def _passes(
-    rows: Sequence[CompiledStream], frames_FCHW: Sequence[torch.Tensor], vocabulary: int
-) -> Iterator[tuple[range, Batch]]:
-    """The rows in batches whose logits fit; each with the numbers of its rows."""
+def _passes(rows: Sequence[CompiledStream], vocabulary: int) -> Iterator[range]:
+    """The numbers of the rows in batches whose logits fit."""
     longest = max((len(row.ids) for row in rows), default=1)
     size = max(1, _LOGIT_BYTES // (4 * longest * vocabulary))
     for start in range(0, len(rows), size):
         beat()
-        part = range(start, min(start + size, len(rows)))
-        yield part, collate([[(rows[number], frames_FCHW[number])] for number in part])
+        yield range(start, min(start + size, len(rows)))

@@ -1,23 +1,24 @@
 """The model's decisions with the reference's past: what training optimises, measured on held-out streams.
 
-Also the proof that serving equals training: `incremental_logits` runs a compiled stream through the key-value caches.
+What the model says of the reference's rows comes from `row_predictions`.
 
-Shape suffixes: R rows, T tokens, V vocabulary, L tokens fed at once, C colour channels, H, W pixels, F frames.
+Shape suffixes: R rows, T tokens, V vocabulary, N places in a row.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from moss_train.data.batch import Batch
-from moss_train.evaluate.decoder import forbidden_tokens
+from moss_train.errors import ConfigError
+from moss_train.evaluate.config import DecodeConfig
+from moss_train.evaluate.decoder import NO_HEAD, forbidden_tokens
 from moss_train.evaluate.metrics.language import frames_to_roll, turns_of
 from moss_train.evaluate.transcript import RolledForward, StreamTranscript
+from moss_train.model.predictions import Predictions
 from moss_train.streams.compiled import IGNORED_LABEL, CompiledStream, Kind
 from moss_train.streams.config import CompilerConfig
 from moss_train.streams.row import RowWriter
@@ -30,26 +31,39 @@ _JUDGED = (Kind.TEXT, Kind.ONSET, Kind.REVISION, Kind.STOP_SILENCE)
 
 @torch.inference_mode()
 def teacher_forced_transcripts(
-    model: Any,
-    batch: Batch,
+    predictions: Predictions,
     compiled: Sequence[CompiledStream],
     transcripts: Sequence[StreamTranscript],
     tokenizer: StreamTokenizer,
-    speak_threshold: float | None = None,
+    decode: DecodeConfig,
 ) -> list[StreamTranscript]:
-    """The transcripts with the model's side filled from one forward pass.
+    """The transcripts with the model's side filled from what it says of the reference's rows.
 
-    `batch` holds one stream a row, row r being `compiled[r]`. In a slot where the reference speaks, the model's text is
+    Row r of `predictions` is `compiled[r]`. In a slot where the reference speaks, the model's text is
     the most probable token at each position of the reference's text; where it is silent, the one token that the model
     would have begun with. A slot whose decision is silence says nothing, so that a reply missed at its first slot is
-    not completed by the reference's later ones. `speak_threshold` as in `DecodeConfig`.
+    not completed by the reference's later ones. Who decides at slots in which no reply runs is for `decode` to say:
+    with `decide_by=head` the head does where a frame stands, which is what it was trained on.
+
+    Raises ConfigError when the decision head shall decide and there is none.
     """
-    logits_TRV = model(batch.to(next(model.parameters()).device))
+    speak_TR = _speak_probabilities(predictions, decode)
     finished = []
     for row, (stream, transcript) in enumerate(zip(compiled, transcripts, strict=True)):
-        logits_TV = logits_TRV[: len(stream.ids), row, : tokenizer.vocabulary_size].float()
-        finished.append(_fill(transcript, _Reading(stream, logits_TV, tokenizer, speak_threshold)))
+        length = len(stream.ids)
+        logits_TV = predictions.logits_TRV[:length, row, : tokenizer.vocabulary_size].float()
+        speak_T = None if speak_TR is None else speak_TR[:length, row]
+        finished.append(_fill(transcript, _Reading(stream, logits_TV, speak_T, tokenizer, decode)))
     return finished
+
+
+def _speak_probabilities(predictions: Predictions, decode: DecodeConfig) -> torch.Tensor | None:
+    """The decision head's P(speak), float32 [T, R], where it decides; None where tokens do."""
+    if decode.decide_by == "tokens":
+        return None
+    if predictions.decisions_TR is None:
+        raise ConfigError(NO_HEAD)
+    return predictions.decisions_TR.sigmoid()
 
 
 class _Reading:
@@ -59,9 +73,11 @@ class _Reading:
         self,
         stream: CompiledStream,
         logits_TV: torch.Tensor,
+        speak_T: torch.Tensor | None,
         tokenizer: StreamTokenizer,
-        speak_threshold: float | None,
+        decode: DecodeConfig,
     ):
+        """`speak_T`: P(speak) where the decision head decides."""
         self.stream, self.tokenizer = stream, tokenizer
         self.silence = tokenizer.special.silence
         judged_T = np.isin(stream.kinds, _JUDGED)
@@ -78,19 +94,27 @@ class _Reading:
         self.predicted = logits_TV.argmax(-1).tolist()
         at_slots = torch.tensor([slot.position for slot in stream.slots], device=logits_TV.device)
         self.silence_probabilities = logits_TV[at_slots].softmax(-1)[:, self.silence].tolist()
-        if speak_threshold is not None:
-            self._decide(logits_TV, speak_threshold)
+        if speak_T is not None:
+            self._decide_by_head(logits_TV, speak_T[at_slots].tolist(), decode.speaks_from)
+        elif decode.speak_threshold is not None:
+            for slot, probability in zip(stream.slots, self.silence_probabilities, strict=True):
+                if slot.state != "continue":
+                    self._decide(slot.position, probability < decode.speak_threshold, logits_TV)
 
-    def _decide(self, logits_TV: torch.Tensor, speak_threshold: float) -> None:
-        """At slots in which no reply runs the threshold says whether to speak."""
-        for slot, probability in zip(self.stream.slots, self.silence_probabilities, strict=True):
-            if slot.state == "continue":
-                continue
-            self.predicted[slot.position] = self.silence
-            if probability < speak_threshold:
-                row_V = logits_TV[slot.position].clone()
-                row_V[self.silence] = -torch.inf
-                self.predicted[slot.position] = int(row_V.argmax())
+    def _decide_by_head(self, logits_TV: torch.Tensor, speak: Sequence[float], speaks_from: float) -> None:
+        """At frames in whose slots no reply runs."""
+        for number, (slot, probability) in enumerate(zip(self.stream.slots, speak, strict=True)):
+            if slot.state != "continue" and self.stream.ids[slot.position] == self.tokenizer.special.anchor:
+                self.silence_probabilities[number] = 1.0 - probability
+                self._decide(slot.position, probability >= speaks_from, logits_TV)
+
+    def _decide(self, position: int, speaks: bool, logits_TV: torch.Tensor) -> None:
+        """Whether the most probable text is said there, or nothing."""
+        self.predicted[position] = self.silence
+        if speaks:
+            row_V = logits_TV[position].clone()
+            row_V[self.silence] = -torch.inf
+            self.predicted[position] = int(row_V.argmax())
 
     def text_span(self, position: int) -> list[int]:
         """The positions whose labels are the text of the slot that is decided at `position`; [] for a silent slot."""
@@ -175,81 +199,24 @@ def missed_turns(
 
 @torch.inference_mode()
 def rolled_forward(
-    model: Any,
-    batch: Batch,
+    predictions: Predictions,
     missed: Sequence[MissedTurn],
     tokenizer: StreamTokenizer,
-    speak_threshold: float | None = None,
+    decode: DecodeConfig,
 ) -> list[RolledForward]:
-    """What the model does in `missed` when the silence goes on; `batch` holds the row of one in each of its rows."""
-    logits_TRV = model(batch.to(next(model.parameters()).device))
+    """What the model does in `missed` when the silence goes on; row r of `predictions` is that of `missed[r]`."""
+    logits_TRV, speak_TR = predictions.logits_TRV, _speak_probabilities(predictions, decode)
     forbidden = torch.tensor(forbidden_tokens(tokenizer), device=logits_TRV.device)
     silence, rolled = tokenizer.special.silence, []
     for row, turn in enumerate(missed):
         logits_NV = logits_TRV[list(turn.anchors), row, : tokenizer.vocabulary_size].float()
         logits_NV = logits_NV.index_fill(1, forbidden, -torch.inf)
-        if speak_threshold is None:
+        if speak_TR is not None:
+            speaks = (speak_TR[list(turn.anchors), row] >= decode.speaks_from).tolist()
+        elif decode.speak_threshold is None:
             speaks = (logits_NV.argmax(-1) != silence).tolist()
         else:
-            speaks = (logits_NV.softmax(-1)[:, silence] < speak_threshold).tolist()
+            speaks = (logits_NV.softmax(-1)[:, silence] < decode.speak_threshold).tolist()
         spoke_after = speaks.index(True) + 1 if True in speaks else None
         rolled.append(RolledForward(turn.slot, len(turn.anchors), spoke_after))
     return rolled
-
-
-@torch.inference_mode()
-def incremental_logits(model: Any, stream: CompiledStream, frames_FCHW: torch.Tensor) -> torch.Tensor:
-    """Logits [T, V] of a compiled stream, run through the caches in the order in which its tokens see its frames.
-
-    Each frame is added just before the first token that may see it; between two frames the tokens are fed at once.
-    Equal to the full forward up to rounding, for any layout, jittered or windowed.
-    """
-    device = next(model.parameters()).device
-    length = len(stream.ids)
-    state = model.start_streams(1, length, max(1, len(stream.frames)))
-    pieces = []
-    start = added = 0
-    while start < length:
-        seen = int(stream.visible_hi[start])
-        if seen > added:
-            model.add_frames(
-                state,
-                frames_FCHW[added:seen].to(device),
-                torch.zeros(seen - added, dtype=torch.long, device=device),
-                torch.as_tensor(stream.frame_positions[added:seen], dtype=torch.long, device=device),
-            )
-            added = seen
-        end = start + 1
-        while end < length and stream.visible_hi[end] == seen:
-            end += 1
-
-        def row(values: Any, dtype: torch.dtype, part: slice = slice(start, end)) -> torch.Tensor:
-            return torch.as_tensor(values[part], dtype=dtype, device=device)[None]
-
-        logits_RLV = model.extend(
-            state,
-            row(stream.ids, torch.long),
-            row(stream.positions, torch.long),
-            torch.tensor([end - start], device=device),
-            visible_lo_RL=row(stream.visible_lo, torch.int32),
-            visible_hi_RL=row(stream.visible_hi, torch.int32),
-            sinks=stream.sinks,
-            cross_positions_RL=row(stream.cross_positions, torch.long),
-            text_lo_RL=row(stream.text_lo, torch.int32),
-            text_sinks=stream.text_sinks,
-        )
-        pieces.append(logits_RLV[0])
-        start = end
-    return torch.cat(pieces)
-
-
-def largest_deviation(model: Any, batch: Batch, stream: CompiledStream, frames_FCHW: torch.Tensor) -> float:
-    """Largest absolute difference of the logits at the slots, incremental against teacher-forced.
-
-    `batch` holds `stream` alone in its only row.
-    """
-    at_slots = [slot.position for slot in stream.slots]
-    with torch.inference_mode():
-        full_TV = model(batch.to(next(model.parameters()).device))[:, 0]
-    step_TV = incremental_logits(model, stream, frames_FCHW)
-    return float((full_TV[at_slots] - step_TV[at_slots]).abs().max())

@@ -50,15 +50,20 @@ def gather_to_main(own: Any) -> list[Any] | None:
 def told_by_main(value: Any) -> Any:
     """The main process's JSON value, on every rank; what the others give is not looked at. Every rank must call it at
     the same point."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    return told_by_first(value, dist.group.WORLD) if dist.is_initialized() else value
+
+
+def told_by_first(value: Any, group: dist.ProcessGroup) -> Any:
+    """As `told_by_main`, among the processes of `group`: the value of the first of them."""
+    if group.size() == 1:
         return value
-    device, is_main = groups.state().device, dist.get_rank() == 0
-    text = json.dumps(value).encode() if is_main else b""
+    device, is_first = groups.state().device, group.rank() == 0
+    text = json.dumps(value).encode() if is_first else b""
     length = torch.tensor([len(text)], device=device)
-    dist.broadcast(length, src=0)
-    told = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device) if is_main else None
+    dist.broadcast(length, group=group, group_src=0)
+    told = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device) if is_first else None
     told = torch.empty(int(length), dtype=torch.uint8, device=device) if told is None else told
-    dist.broadcast(told, src=0)
+    dist.broadcast(told, group=group, group_src=0)
     return json.loads(_text(told))
 
 

@@ -1,8 +1,9 @@
 """Held-out evaluation as a run configures it: the sources, the judge, how replies are read, who evaluates what.
 
-During training the samples are shared out among the data ranks (dp × cp). Each runs its share on a model that it holds
-whole; the transcripts are gathered on the main process, which makes the figures of all and tells them to every process.
-So they are the same for any number of processes, up to the rounding of batches put together otherwise.
+During training the samples are shared out among the data ranks (dp × cp). Where the model is split (tp, pp), the
+processes that hold its parts run their share in lockstep on these parts, and the first of them reports. The transcripts
+are gathered on the main process, which makes the figures of all and tells them to every process. So they are the same
+for any number of processes, up to the rounding of batches put together otherwise.
 """
 
 import copy
@@ -47,8 +48,14 @@ Progress = Callable[[int, int], None]  #: told of (done, total) after each batch
 class EvaluatedModel:
     """What this process evaluates in training."""
 
-    model: torch.nn.Module | None  #: whole; None: another process of its model-parallel group evaluates
+    model: torch.nn.Module | None  #: None: another process of its model-parallel group evaluates
     share: Share
+    group: dist.ProcessGroup | None = None  #: with whom it runs the share in lockstep; None: `model` is whole
+
+    @property
+    def reports(self) -> bool:
+        """Whether what this process finds is counted: once for each group."""
+        return self.model is not None and (self.group is None or self.group.rank() == 0)
 
 
 class Evaluator:
@@ -106,22 +113,24 @@ class Evaluator:
         run = run_conversations(model, prepared, self._tokenizer, self._settings(limit), on_progress=on_progress)
         return answers_of(prepared, [run])[0]
 
-    def figures(self, engine: Engine, model: VideoModel, compiler: CompilerConfig) -> dict[str, float]:
+    def figures(self, engine: Engine, compiler: CompilerConfig) -> dict[str, float]:
         """Figures during training of what `engine` trains: free-running ones by their names, teacher-forced ones under
-        `teacher_forced/`, `offline_accuracy`. `model` is this process's part of it. Every process must call it and gets
-        the same figures.
+        `teacher_forced/`, `offline_accuracy`. Every process must call it and gets the same figures.
 
         A source that cannot be evaluated raises the same error on every process.
         """
         limit = self._config.during_training
-        evaluated = self.evaluated_model(engine, model)
+        evaluated = self.evaluated_model(engine)
         streams = self._prepared_streams(compiler, limit)
         talks = None if self._config.offline_source is None else self._prepared_conversations(compiler, limit)
         settings, own, own_talks = self._settings(limit), StreamsRun(), OfflineRun()
         if evaluated.model is not None:
-            own = run_streams(evaluated.model, streams, self._tokenizer, settings, self._config.decode, evaluated.share)
+            how = {"share": evaluated.share, "group": evaluated.group}
+            own = run_streams(evaluated.model, streams, self._tokenizer, settings, self._config.decode, **how)
             if talks is not None:
-                own_talks = run_conversations(evaluated.model, talks, self._tokenizer, settings, evaluated.share)
+                own_talks = run_conversations(evaluated.model, talks, self._tokenizer, settings, **how)
+        if not evaluated.reports:
+            own, own_talks = StreamsRun(), OfflineRun()
         gathered = gather_to_main([own.to_json(), own_talks.to_json()])
         told = None
         if gathered is not None:
@@ -150,16 +159,20 @@ class Evaluator:
             figures |= offline_figures(answers, self.judge)
         return figures
 
-    def evaluated_model(self, engine: Engine, model: VideoModel) -> EvaluatedModel:
+    def evaluated_model(self, engine: Engine) -> EvaluatedModel:
         """What this process evaluates of what `engine` trains. Every process must call it.
 
-        Where matrices or layers are split over processes, or parameters are not whole between steps, the first process
-        of each model-parallel group assembles a whole copy.
+        That is the engine's own part of the model, but for two cases in which the first process of each model-parallel
+        group assembles a whole copy: parameters are not whole between steps (ZeRO 3), or a model is split whose tokens
+        see frames that have not arrived (`reference_compat`), which no cache can give.
         """
         state, layout = groups.state(), self._run.layout
         share = Share(state.data_rank * state.frame_ranks + state.frame_rank, state.data_ranks * state.frame_ranks)
-        if layout.tp * layout.pp > 1 or layout.zero == 3 or self._run.engine.overlap_param_gather:
+        model, is_split = engine.evaluated_part(), layout.tp * layout.pp > 1
+        if model is None or (is_split and self._run.model.reference_compat):
             return EvaluatedModel(self._assembled(engine), share)
+        if is_split:
+            return EvaluatedModel(model, share, state.model_group)
         if layout.cp > 1:
             # Its weights are whole, and evaluation gives each process all frames of its streams.
             model = copy.copy(model)

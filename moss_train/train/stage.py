@@ -194,7 +194,7 @@ def run_stage(
             tracker.event("starts_fresh", 0, weights=", ".join(fresh), because=f"{origin.path} has none")
         for passed_over, reason in plan.point.skipped:
             tracker.event("fallback", stage.progress.step, passed_over=passed_over, reason=reason)
-        evaluate = partial(evaluator.figures, engine, model, plan.config.compiler) if evaluator is not None else None
+        evaluate = partial(evaluator.figures, engine, plan.config.compiler) if evaluator is not None else None
         with saver:
             with phases.steps(), _samples_file(run, plan, stage.progress.step) as samples:
                 signal = train(

@@ -19,8 +19,8 @@ from moss_train.evaluate.invariance import future_frame_deviation, invariance_fi
 from moss_train.evaluate.judges import TextJudge
 from moss_train.evaluate.metrics.language import frames_to_roll, language_figures, turns_of
 from moss_train.evaluate.prepared import prepare_streams
+from moss_train.evaluate.row_predictions import largest_deviation, predictions_at_once, predictions_in_lockstep
 from moss_train.evaluate.runner import evaluate_streams, run_streams
-from moss_train.evaluate.teacher_forced import largest_deviation
 from moss_train.evaluate.transcript import StreamTranscript
 from moss_train.parallel import groups
 from moss_train.streams.compiled import Kind
@@ -51,10 +51,18 @@ def model():
     ],
 )
 def test_incremental_equals_teacher_forced_at_every_slot(model, compiler):
+    """Token by token as served, and rows of different lengths at once as several processes do it in lockstep."""
+    streams, pictures = [], []
     for seed, scenario in enumerate(["before", "interruption", "two_questions", "silent"]):
         _, stream = world_stream(TOKENIZER, compiler, seed, scenario)
         frames = torch.randint(0, 256, (len(stream.frames), 3, SIZE, SIZE), dtype=torch.uint8)
         assert largest_deviation(model, collate([[(stream, frames)]]), stream, frames) <= 1e-5
+        streams.append(stream)
+        pictures.append(frames)
+    found, expected = (predict(model, streams, pictures) for predict in (predictions_in_lockstep, predictions_at_once))
+    for row, stream in enumerate(streams):
+        one, other = (x.logits_TRV[: len(stream.ids), row] for x in (found, expected))
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ def evaluated(model, tokenizer, run, decode: DecodeConfig):
     compiler = run.stages["realtime"].compiler
     corpus = load_source(run.evaluate.source, tokenizer, compiler, run.model.vision.image_size)
     judge = load_judge(run.evaluate.judge)
-    return evaluate_streams(model, corpus, tokenizer, compiler, judge, EvaluationConfig(limit=2), decode).transcripts
+    return evaluate_streams(model, corpus, tokenizer, compiler, judge, EvaluationConfig(limit=2), decode)
 
 
 @pytest.mark.parametrize(("bias", "threshold", "speaks"), [(3.0, None, True), (-3.0, None, False), (3.0, 0.99, False)])
@@ -107,9 +107,9 @@ def test_the_head_decides_at_frames(trained, bias, threshold, speaks):
     with torch.no_grad():
         model.decision_head.weight.zero_()
         model.decision_head.bias.fill_(bias)
-    decided = evaluated(model, tokenizer, run, DecodeConfig(decide_by="head", head_threshold=threshold))
+    result = evaluated(model, tokenizer, run, DecodeConfig(decide_by="head", head_threshold=threshold))
     probability = 1 / (1 + torch.tensor(bias).exp().item())
-    for transcript in decided:
+    for transcript in result.transcripts:
         running = False
         for slot in transcript.slots:
             running &= not slot.opens_turn
@@ -117,6 +117,15 @@ def test_the_head_decides_at_frames(trained, bias, threshold, speaks):
                 assert (slot.state == "speak") == speaks
                 assert slot.silence_probability == pytest.approx(probability, abs=1e-6)
             running = slot.state in ("speak", "continue") and not slot.ends
+    decisions = 0
+    for transcript in result.teacher_forced_transcripts:
+        for slot in transcript.slots:
+            if not slot.opens_turn and slot.reference_state != "continue":
+                decisions += 1
+                assert slot.speaks == speaks and bool(slot.text) == speaks
+                assert slot.silence_probability == pytest.approx(probability, abs=1e-6)
+        assert all((rolled.spoke_after == 1) == speaks for rolled in transcript.rolled)
+    assert decisions > 10
 
 
 def test_the_head_says_the_same_token_by_token_as_at_once(trained):
