@@ -11,15 +11,25 @@ from moss_train.evaluate.metrics import figure_names
 
 SIZES = [
     "model.text.key_value_heads=2", "model.text.layers=4", "model.text.cross_layers=[1,3]", "model.initial_gate=0.5",
+    "model.decision_head=true",
 ]  # fmt: skip
 ALONE = ["~stages.align", "~stages.temporal", "~stages.sft", "stages.realtime.init=scratch"]
+#: processes, overrides, what is evaluated (who decides, on how many streams), whether on the parts as they are held
 LAYOUTS = {
-    "dp2": [],
-    "tp2": ["layout.tp=2"],
-    "pp2": ["layout.pp=2"],
-    "cp2": ["layout.cp=2"],
-    "zero3": ["engine=deepspeed", "layout.zero=3"],
-}
+    "dp2+pp2+vpp2, weights gathered late": (
+        4,
+        [
+            "layout.pp=2", "layout.vpp=2", "layout.zero=1",
+            "engine.overlap_grad_reduce=true", "engine.overlap_param_gather=true",
+        ],
+        [("tokens", 3), ("tokens", 1)],
+        True,
+    ),
+    "tp2": (2, ["layout.tp=2"], [("head", 3)], True),
+    "pp2 of DeepSpeed": (2, ["engine=deepspeed", "layout.pp=2", "layout.zero=1"], [("tokens", 3)], True),
+    "cp2": (2, ["layout.cp=2"], [("tokens", 3)], True),
+    "ZeRO 3": (2, ["engine=deepspeed", "layout.zero=3"], [("tokens", 3)], False),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +43,18 @@ def overrides(packed):
 
 @pytest.fixture(scope="module")
 def ranks():
-    with Ranks(2) as ranks:
+    with Ranks(4) as ranks:
         yield ranks
 
 
 @pytest.fixture(scope="module")
 def alone(overrides, ranks):
-    """The figures on one process."""
-    (((figures, again), _),) = ranks.run(1, evaluate, overrides, 2)
-    assert_same(again, figures)
-    return figures
+    """The figures on one process, by who decides and the number of streams."""
+    evaluations = [("tokens", 3), ("tokens", 3), ("head", 3), ("tokens", 1)]
+    (found,) = ranks.run(1, evaluate, overrides, evaluations)
+    assert_same(found.figures[1], found.figures[0])
+    assert found.assembled == 0 and found.reads == [6, 6, 6, 6]
+    return dict(zip(evaluations, found.figures, strict=True))
 
 
 def assert_same(found, expected):
@@ -53,22 +65,22 @@ def assert_same(found, expected):
 
 
 def test_one_process_measures_everything(alone):
-    assert set(figure_names()) <= set(alone)
-    assert alone["n_streams"] == alone["teacher_forced/n_streams"] == 3 and alone["n_offline"] >= 3
-    assert 0 < alone["speak_recall"] and math.isfinite(alone["teacher_forced/lm_ppl"])
-    assert math.isfinite(alone["offline_accuracy"])
+    tokens, head = alone["tokens", 3], alone["head", 3]
+    assert set(figure_names()) <= set(tokens)
+    assert tokens["n_streams"] == tokens["teacher_forced/n_streams"] == 3 and tokens["n_offline"] >= 3
+    assert 0 < tokens["speak_recall"] and math.isfinite(tokens["teacher_forced/lm_ppl"])
+    assert math.isfinite(tokens["offline_accuracy"]) and alone["tokens", 1]["n_streams"] == 1
+    for name in ("balanced_accuracy", "teacher_forced/balanced_accuracy"):
+        assert head[name] != tokens[name], "the head must decide otherwise for this to mean something"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_measures_the_same(overrides, ranks, alone, layout):
-    for (figures,), beats in ranks.run(2, evaluate, [*overrides, *LAYOUTS[layout]]):
-        assert_same(figures, alone)
-        assert beats > 20 or layout in ("tp2", "pp2")  # there one process evaluates, the other waits for it
-
-
-def test_a_process_without_streams_waits_and_knows_the_figures(overrides, ranks):
-    one = [*overrides, "evaluate.during_training=1"]
-    (((alone,), _),) = ranks.run(1, evaluate, one)
-    for (figures,), _ in ranks.run(2, evaluate, one):
-        assert_same(figures, alone)
-        assert figures["n_streams"] == 1
+    """Also with one stream on two pairs of processes, of which one pair then has nothing to do."""
+    count, more, evaluations, as_held = LAYOUTS[layout]
+    everyone = ranks.run(count, evaluate, [*overrides, *more], evaluations)
+    for found in everyone:
+        for figures, evaluation in zip(found.figures, evaluations, strict=True):
+            assert_same(figures, alone[evaluation])
+        assert found.beats > 20 and found.assembled == (0 if as_held else 1)
+    assert sum(found.reads[0] for found in everyone) == 6, "each sample is decoded once"
