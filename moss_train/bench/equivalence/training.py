@@ -16,6 +16,7 @@ from moss_train.model.groups import trainable_names
 from moss_train.model.precision import Precision
 from moss_train.objectives.streaming_loss import StreamingLoss
 from moss_train.parallel import groups
+from moss_train.parallel.slices import own_slice
 
 #: (rank, ranks, case, where the main rank writes the tensors) → figures of every step, names of the trained parameters
 Job = Callable[[int, int, Case, str], tuple[list[Figures], list[str]]]
@@ -53,8 +54,15 @@ def train_case(rank: int, ranks: int, case: Case, path: str) -> tuple[list[Figur
                 raise AssertionError(f"eval_step gives a loss of {evaluated}, train_step of {output.loss}")
             tensors["gradient"] = _plain(engine.gradients())
             tensors["first"] = _plain(engine.whole_weights())
+    part = engine.evaluated_part()
+    # Before whole weights are asked for, which may bring this process's up to date.
+    held = {} if part is None else _plain(dict(part.named_parameters()))
     tensors["last"] = _plain(engine.whole_weights())
     if state.is_main:
+        for name, weight in held.items():
+            expected = own_slice(part.get_parameter(name), tensors["last"][name], state.tensor_group)
+            if not torch.equal(weight, expected.to(weight)):
+                raise AssertionError(f"evaluated_part gives a {name} that is not the one that was trained")
         Outcome(steps, sorted(trained), tensors).save_tensors(Path(path))
     return steps, sorted(trained)
 
