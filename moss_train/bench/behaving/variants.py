@@ -25,7 +25,11 @@ VARIANTS: dict[str, Variant] = {
         Variant(
             "offline_mask",
             "streaming-causal mask: in training every token sees all frames of its stream",
-            (f"{REALTIME}.compiler.visibility=offline", f"{REALTIME}.compiler.window=null"),
+            (
+                f"{REALTIME}.compiler.visibility=offline",
+                f"{REALTIME}.compiler.window=null",
+                f"{REALTIME}.compiler.sinks=0",
+            ),
         ),
         Variant("no_realtime", "real-time stage", trains=False),
         Variant(
