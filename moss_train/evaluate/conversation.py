@@ -47,6 +47,7 @@ class Said:
     starts: bool = False  #: a reply's first token
     ends: bool = False  #: the silence closes a reply
     silence_probability: float | None = None  #: of the decision after a tick's last event, with what came of it
+    read_s: float | None = None  #: when a prompt or a frame was read, of the session's clock
 
 
 @dataclass(frozen=True)
@@ -162,21 +163,21 @@ class Conversation:
             self._decoder.put_tokens(0, [self._silence])
         if prompts and self._held:  # the reply is cut
             held, self._held = self._held, []
-            out += self._put_frames(held, [self._silence])
+            out += self._put_frames(now_s, held, [self._silence])
             self._decoder.put_tokens(0, [self._silence])
         for number, prompt in enumerate(prompts):
             self._put_turn(prompt)
-            out.append(Said("turn", now_s, self._decoder.frames_of(0), text=prompt))
+            out.append(Said("turn", now_s, self._decoder.frames_of(0), text=prompt, read_s=now_s))
             if number + 1 < len(prompts) or frames:
                 self._decoder.put_tokens(0, [self._silence])
         if frames:
-            out += self._put_frames(frames, [] if self._running else [self._silence])
+            out += self._put_frames(now_s, frames, [] if self._running else [self._silence])
         return out
 
-    def _put_frames(self, frames: Sequence[ArrivedFrame], between: Sequence[int]) -> list[Said]:
+    def _put_frames(self, now_s: float, frames: Sequence[ArrivedFrame], between: Sequence[int]) -> list[Said]:
         before = self._decoder.frames_of(0)
         self._decoder.put_frames(0, torch.stack([frame.features_PH for frame in frames]), between)
-        return [Said("frame", frame.time_s, before + n) for n, frame in enumerate(frames, 1)]
+        return [Said("frame", frame.time_s, before + n, read_s=now_s) for n, frame in enumerate(frames, 1)]
 
     def _put_turn(self, text: str) -> None:
         self._decoder.put_turn(0, text)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moss_train.evaluate.conversation import Said
 from moss_train.evaluate.decoder import SlotOutput
@@ -34,7 +34,18 @@ class PlayedLive:
     steps: list[Step]  #: in the order in which they were handed over
     outputs: list[SlotOutput]  #: what was said after each; silence after a frame that was dropped
     token_times_s: list[list[float]]  #: when each token of each output was said, on the session's clock
+    #: the numbers of the steps in the order in which they were read, those left out that only came between two tokens
+    read: list[tuple[int, float]]  #: of a reply, each with the time at which that was
     figures: LiveFigures
+
+    def as_heard(self) -> tuple[list[Step], list[SlotOutput], list[list[float]]]:
+        """Steps, outputs and times of tokens as the model met them: in the order and at the times at which they were
+        read. A prompt is read a little after it was handed over, and before a frame that is still being encoded."""
+        return (
+            [replace(self.steps[number], time_s=read_s) for number, read_s in self.read],
+            [self.outputs[number] for number, _ in self.read],
+            [self.token_times_s[number] for number, _ in self.read],
+        )
 
     def summary(self) -> str:
         return self.figures.summary()
@@ -74,7 +85,7 @@ def play_live(
         listener.join()
     slots.check()
     audience.over()
-    return PlayedLive(slots.steps, slots.outputs(), slots.token_times_s(), session.figures)
+    return PlayedLive(slots.steps, slots.outputs(), slots.token_times_s(), slots.read, session.figures)
 
 
 class _Slots:
@@ -83,6 +94,7 @@ class _Slots:
     def __init__(self, audience: Audience):
         self._audience = audience
         self.steps: list[Step] = []
+        self.read: list[tuple[int, float]] = []  #: see `PlayedLive`
         self._outputs: dict[int, SlotOutput] = {}
         self._times_s: dict[int, list[float]] = {}
         self._users: deque[int] = deque()  #: numbers of prompts that were not read yet
@@ -116,14 +128,19 @@ class _Slots:
 
     def _listen(self, session: LiveSession) -> None:
         step, output, times_s, is_open = None, _silent(), [], False
+        speaking = False  # a reply goes on
         for said in session.said():
             if said.kind in ("turn", "frame"):
-                if is_open:
+                if is_open and speaking and not output.ids and step.user is None:
+                    self.read.pop()  # the next event came before a token of the reply was due: nothing was decided
+                elif is_open:
                     self._tell(self._audience.slot, step, output)
                 (step, output, times_s), is_open = self._open(said), True
                 if said.kind == "turn":
+                    speaking = False
                     self._tell(self._audience.user, step)
                 continue
+            speaking = said.kind == "token"
             if said.silence_probability is not None:
                 output.silence_probability = said.silence_probability
             if said.kind == "token":
@@ -155,6 +172,7 @@ class _Slots:
                 number = waiting.popleft()
                 if not waiting:
                     del self._frames[said.time_s]
+            self.read.append((number, said.time_s if said.read_s is None else said.read_s))
             times_s = self._times_s.setdefault(number, [])
             return self.steps[number], self._outputs.setdefault(number, _silent()), times_s
 

@@ -90,6 +90,7 @@ class StreamOptions:
                 "a camera or a URL is played in time; set it above 0",
             ),
             ("ask_at_s", self.ask_at_s >= 0, "must not be negative"),
+            ("ask_at_s", self.ask_at_s == 0 or self.question is not None, "there is nothing to ask; give question=…"),
         ):
             if not holds:
                 raise ConfigError(f"{name}={getattr(self, name)}: {remedy}")
@@ -194,20 +195,18 @@ class _Player:
         self._tell(
             f"{clip.name}: {clip.duration_s:.1f} s, {len(times_s)} frames. A dot is a frame about which it is silent."
         )
-        times_of_tokens_s = None
         if options.speed > 0:
             result = play_live(self._session(), events_of(schedule, frames_FCHW), self._printer, options.speed)
-            times_of_tokens_s = result.token_times_s
+            steps, outputs, token_times_s = result.as_heard()
         else:
             result = play(
                 self._model, self._tokenizer, compiler, schedule, frames_FCHW, 0.0, options.decode, self._printer,
                 choose=Sampler(options.generation),
             )  # fmt: skip
+            steps, outputs, token_times_s = schedule.steps, result.outputs, None
         self._tell(result.summary())
         if options.save is not None:
-            events = captions_of(
-                schedule.steps, result.outputs, self._tokenizer, compiler.tokens_per_second, times_of_tokens_s
-            )
+            events = captions_of(steps, outputs, self._tokenizer, compiler.tokens_per_second, token_times_s)
             count = clip.save(Path(options.save), events)
             self._console.print(f"written to {options.save}, {count} pictures", markup=False)
 

@@ -2,7 +2,9 @@
 
 import io
 import math
+import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,12 +12,14 @@ from rich.console import Console
 from scripted_model import shipped_tokenizer
 from tiny_live_model import SIZE, live_model
 
+from moss_train.evaluate.conversation import Said
 from moss_train.evaluate.live import LivePrinter
 from moss_train.evaluate.play_live import LiveEvent, play_live
 from moss_train.evaluate.sampling import GenerationConfig
 from moss_train.evaluate.schedule import Step
 from moss_train.evaluate.stream import LiveConfig, LiveSession
 from moss_train.parallel import groups
+from moss_train.report.caption_track import captions_of
 from moss_train.streams.config import CompilerConfig
 
 TOKENIZER = shipped_tokenizer()
@@ -53,8 +57,11 @@ def test_outputs_stand_at_their_events(model):
     assert len(played.outputs) == 10
     assert sum(len(output.ids) for output in played.outputs) == played.figures.tokens > 0
     assert [len(times_s) for times_s in played.token_times_s] == [len(output.ids) for output in played.outputs]
-    spoken_s = [second for times_s in played.token_times_s for second in times_s]
+    steps, outputs, heard_s = played.as_heard()
+    spoken_s = [second for times_s in heard_s for second in times_s]
     assert spoken_s == sorted(spoken_s)
+    assert [step.time_s for step in steps] == sorted(step.time_s for step in steps)
+    assert sum(len(output.ids) for output in outputs) == played.figures.tokens
     assert played.figures.seen + played.figures.dropped == 8
     for output in played.outputs:
         assert (output.state == "silence") == (not output.ids)
@@ -74,6 +81,65 @@ def test_dropped_frames_stay_silent(model):
     assert played.figures.dropped + played.figures.seen == len(at_once) == len(played.outputs)
     assert played.figures.dropped >= 1
     assert played.outputs[0].state == "silence"
+
+
+class Scripted:
+    """A session that puts out what it is told to."""
+
+    figures = None
+
+    def __init__(self, said: list[Said]):
+        self._said, self._over = said, threading.Event()
+
+    def now_s(self) -> float:
+        return math.inf
+
+    def frame(self, picture: object, time_s: float) -> None: ...
+
+    def ask(self, text: str) -> None: ...
+
+    def finish(self) -> None:
+        self._over.set()
+
+    def said(self) -> Iterator[Said]:
+        """Once all was handed over."""
+        assert self._over.wait(10.0)
+        yield from self._said
+
+
+def test_what_was_heard_is_in_the_order_of_reading():
+    """A prompt is read late, after one more token of the reply it cuts and before a frame that was shown earlier; a
+    frame comes between two tokens."""
+    words = [TOKENIZER.encode(text)[0] for text in (" red", " blue", " two", " one")]
+
+    def token(time_s: float, word: int, starts: bool = False) -> Said:
+        return Said("token", time_s, 1, words[word], starts=starts)
+
+    script = [
+        Said("frame", 0.0, 1, read_s=0.1), token(0.1, 0, True), token(1.2, 1),
+        Said("turn", 1.3, 1, text="How many?", read_s=1.3), token(1.3, 2, True),
+        Said("frame", 1.0, 2, read_s=1.4), Said("frame", 2.0, 3, read_s=2.05), token(2.1, 3),
+        Said("frame", 3.0, 4, read_s=3.05), Said("silence", 3.05, 4, ends=True),
+    ]  # fmt: skip
+    steps = [Step(0.0, 1.0, None), Step(1.0, 1.1, None), Step(1.1, 2.0, "How many?"), Step(2.0, 3.0, None)]
+    steps.append(Step(3.0, 4.0, None))
+    text = io.StringIO()
+    printer = LivePrinter(Console(file=text, width=1000, highlight=False), TOKENIZER)
+    handed_over = [LiveEvent(step, None if step.user else torch.zeros(0)) for step in steps]
+    played = play_live(Scripted(script), handed_over, printer)
+    assert [line.split() for line in text.getvalue().splitlines()] == [
+        "0.0 s model red blue".split(),
+        "1.1 s user How many?".split(),
+        "1.1 s model two one".split(),
+        "3.0 s ·".split(),
+    ]
+    heard, outputs, times_s = played.as_heard()
+    assert [step.time_s for step in heard] == [0.1, 1.3, 2.05, 3.05]
+    events = captions_of(heard, outputs, TOKENIZER, 8.0, times_s)
+    assert [(event.time_s, event.kind, event.text) for event in events] == [
+        (0.1, "text", " red"), (1.2, "text", " blue"), (1.3, "user", "How many?"), (1.3, "text", " two"),
+        (2.1, "text", " one"), (3.05, "silence", ""),
+    ]  # fmt: skip
 
 
 class Rude(LivePrinter):
