@@ -259,11 +259,29 @@ class RunConfig:
             if stage.objective.decision_head_weight is not None and not self.model.decision_head:
                 where = f"stages.{name}.objective.decision_head_weight={stage.objective.decision_head_weight}"
                 raise ConfigError(f"{where}: the model has no decision head; set model.decision_head=true")
+        self._check_head_is_trained()
         orders: dict[int, str] = {}
         for name, stage in self.stages.items():
             if stage.order in orders:
                 raise ConfigError(f"stages.{name}.order={stage.order}: stages.{orders[stage.order]} has the same order")
             orders[stage.order] = name
+
+    def _check_head_is_trained(self) -> None:
+        """A fresh head that is not trained says "50 %" for ever, whatever its loss weighs. Earlier stages may leave
+        it to the last one that asks for it."""
+        asked = [(name, stage) for name, stage in self.ordered_stages() if stage.objective.decision_head_weight]
+        if not asked:
+            return
+        from moss_train.model.groups import PRESETS  # loads megatron-core, for which help must not wait
+
+        name, stage = asked[-1]
+        trained = PRESETS.get(stage.trainable, ()) if isinstance(stage.trainable, str) else stage.trainable
+        if "decision_head" not in trained:
+            raise ConfigError(
+                f"stages.{name}.objective.decision_head_weight={stage.objective.decision_head_weight}: "
+                f"stages.{name}.trainable={stage.trainable} leaves the head as it is; add decision_head to it, or set "
+                "the weight to null"
+            )
 
     def _check_measured(self, where: str, figure: str) -> None:
         if self.evaluate.source is None:

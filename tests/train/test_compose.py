@@ -195,3 +195,13 @@ def test_mistakes_name_the_field(overrides, expected):
     with pytest.raises(ConfigError) as error:
         compose_run(overrides)
     assert expected in str(error.value)
+
+
+def test_a_decision_head_that_is_asked_for_must_be_trained():
+    head = ["model.decision_head=true", "stages.*.objective=dispider"]
+    for recipe in ("quickstart", "pipeline"):  # earlier stages of `pipeline` do not train it
+        assert compose_run([f"recipe={recipe}", *head]).stages["realtime"].objective.decision_head_weight == 1.0
+    with pytest.raises(ConfigError, match=r"realtime.objective.decision_head_weight=1.0: stages.realtime.trainable=\["):
+        compose_run(["recipe=quickstart", *head, "stages.realtime.trainable=[head, cross_layers]"])
+    frozen = compose_run(["recipe=quickstart", head[0], "stages.realtime.trainable=[head]"])  # a trained one may rest
+    assert frozen.stages["realtime"].objective.decision_head_weight is None
