@@ -291,7 +291,11 @@ class CompilerConfig:
         ):
             self._require(name, getattr(self, name) in legal, f"is none of {', '.join(legal)}")
         windowed = self.window is not None or self.augment.window_range is not None
-        self._require("visibility", self.visibility == "streaming" or not windowed, "has no window; remove it")
+        self._require(
+            "visibility",
+            self.visibility == "streaming" or not windowed,
+            "sees all frames of a row; set compiler.window and compiler.augment.window_range to null",
+        )
         self._require(
             "jitter_probability",
             self.jitter_probability == 0.0 or self.perceive == "overlapped",

@@ -109,7 +109,10 @@ def test_windows_are_drawn_within_their_ranges():
     ("fields", "message"),
     [
         ({"visibility": "all"}, "compiler.visibility='all' is none of streaming, offline"),
-        ({"visibility": "offline", "window": 3}, "compiler.visibility='offline' has no window"),
+        (
+            {"visibility": "offline", "window": 3},
+            "compiler.visibility='offline' sees all frames of a row",
+        ),
         ({"perceive": "later"}, "compiler.perceive='later' is none of"),
         ({"perceive": "blocked", "jitter_probability": 0.5}, "compiler.jitter_probability=0.5 has no effect with"),
         ({"confirmation_weight": -1.0}, "compiler.confirmation_weight=-1.0 must"),
