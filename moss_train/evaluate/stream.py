@@ -111,11 +111,11 @@ class LiveSession:
         keep: KeepPolicy | None = None,
         image_size: int | None = None,
         threads: bool = True,
-        clock: Callable[[], float] = time.monotonic,
+        speed: float = 1.0,
     ):
         """`model` is whole and in evaluation mode; `compiler` is that of its training: window, sinks, rate of speech.
         `keep`: which frames stay, other than those of the window. `image_size`: side of the square a picture is fitted
-        into, null: the model's; 0 leaves pictures as they are. `clock`: seconds, read by the threads alone."""
+        into, null: the model's; 0 leaves pictures as they are. `speed`: seconds of the threads' clock per second."""
         self.config = config or LiveConfig()
         self.config.validate()
         self._decoder = StreamingDecoder(
@@ -134,7 +134,7 @@ class LiveSession:
         self._rate = rate
         self._size = model.sizes.vision.image_size if image_size is None else image_size
         self._device = next(model.parameters()).device
-        self._clock, self._began_s = clock, clock()
+        self._speed, self._began_s = speed, time.monotonic()
         self._logical_s = 0.0
         self.tokens: queue.Queue[Said] = queue.Queue(self.config.waiting_tokens)
         self.figures = LiveFigures()
@@ -166,7 +166,7 @@ class LiveSession:
 
     def now_s(self) -> float:
         """Seconds since the session began, on its clock."""
-        return self._clock() - self._began_s if self._threads else self._logical_s
+        return (time.monotonic() - self._began_s) * self._speed if self._threads else self._logical_s
 
     def frame(self, picture: Picture, time_s: float | None = None) -> None:
         """Show a picture; `time_s` is when it was taken, null: now. Returns at once."""
@@ -347,7 +347,7 @@ class LiveSession:
                         break
                     if due_s is None and self._finishing and not self._pictures and not self._encoding:
                         return
-                    self._changed.wait(None if math.isinf(left_s) else left_s)
+                    self._changed.wait(None if math.isinf(left_s) else left_s / self._speed)
                 if self._stopping:
                     return
                 prompts, frames = list(self._prompts), list(self._arrived)

@@ -5,7 +5,6 @@ Shape suffixes: F frames, C colour channels, H, W pixels.
 
 import math
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -219,13 +218,12 @@ class _Player:
         self._tell(result.summary())
 
     def _session(self) -> LiveSession:
-        """Its clock runs at `options.speed`."""
         options = self._options
         in_a_slot = int(self._compiler.tokens_per_second / self.fps) + 1
         config = LiveConfig(slot_tokens=max(options.decode.last_slot_tokens, 2 * in_a_slot))
         return LiveSession(
             self._model, self._tokenizer, self._compiler, self._system, config, options.decode, options.generation,
-            clock=lambda: time.monotonic() * options.speed,
+            speed=options.speed,
         )  # fmt: skip
 
     def _tell(self, line: str) -> None:

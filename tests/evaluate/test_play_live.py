@@ -3,7 +3,6 @@
 import io
 import math
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -35,7 +34,7 @@ def model():
 def session(model, **config) -> LiveSession:
     return LiveSession(
         model, TOKENIZER, CompilerConfig(tokens_per_second=6.0), config=LiveConfig(**config),
-        generation=GenerationConfig(temperature=3.0, seed=4), clock=lambda: SPEED * time.monotonic(),
+        generation=GenerationConfig(temperature=3.0, seed=4), speed=SPEED,
     )  # fmt: skip
 
 
@@ -71,6 +70,19 @@ def test_outputs_stand_at_their_events(model):
     lines = text.getvalue()
     assert "user  What is it?" in lines and "model" in lines
     assert "8 frames" in played.summary() and "between tokens" in played.summary()
+
+
+def test_words_come_at_the_rate_of_speech_at_any_speed(model):
+    """Half a second of the clip from word to word; one that waited in seconds of its clock, not of the wall, would say
+    one word where four are due, and then all of them at once."""
+    live = LiveSession(
+        model, TOKENIZER, CompilerConfig(tokens_per_second=2.0), config=LiveConfig(slot_tokens=7), speed=4.0,
+        generation=GenerationConfig(temperature=8.0, seed=1),
+    )  # fmt: skip
+    live.frame(torch.zeros(3, SIZE, SIZE, dtype=torch.uint8), 0.0)
+    live.finish()
+    assert live.figures.tokens >= 6  # of 7; the model draws almost evenly from a thousand
+    assert live.figures.between_tokens_s.percentile(0.5) == pytest.approx(0.5, abs=0.3)
 
 
 def test_dropped_frames_stay_silent(model):
