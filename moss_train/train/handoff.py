@@ -18,7 +18,6 @@ from moss_train.engines.fit import require_fit
 from moss_train.engines.trainable import check_trainable
 from moss_train.errors import CheckpointError, ConfigError, DataError, MossTrainError
 from moss_train.model.build import whole_model
-from moss_train.model.decision_head import PREFIX
 from moss_train.model.groups import parameter_groups, trainable_names
 from moss_train.model.video_model import VideoModel
 from moss_train.parallel import groups
@@ -115,11 +114,6 @@ def _plan_stage(
     trained = trainable_names(model, stage.trainable)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     check_trainable(trained, parameter_groups(model), stage.optim)
-    if stage.objective.decision_head_weight and not any(name.startswith(PREFIX) for name in trained):
-        raise ConfigError(
-            f"stages.{name}.objective.decision_head_weight={stage.objective.decision_head_weight}: this stage does not "
-            f"train the head; add decision_head to stages.{name}.trainable"
-        )
     origin = None
     if stage.init == "previous":
         if not before:
