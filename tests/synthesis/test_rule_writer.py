@@ -69,7 +69,7 @@ def test_streams_of_rendered_clips_behave_as_those_that_were_rendered():
         assert written[name] == pytest.approx(rendered[name], abs=0.08 if rendered[name] < 0.6 else 0.14), name
     texts = {event["text"] for clip in clips for event in clip.sample["events"] if "text" in event}
     written_texts = {event["text"] for sample in made for event in sample["events"] if "text" in event}
-    assert len(written_texts - texts) < 0.05 * len(texts)  # descriptions of scenes that were not described by chance
+    assert len(written_texts - texts) < 0.1 * len(texts)  # descriptions of scenes that were not described by chance
     revisions = [event for sample in made for event in sample["events"] if event.get("kind") == "revise"]
     assert all(event["evidence"] == [event["t"], event["t"]] for event in revisions)  # none of them is late
 

@@ -28,7 +28,6 @@ VARIANTS: dict[str, Variant] = {
             (
                 f"{REALTIME}.compiler.visibility=offline",
                 f"{REALTIME}.compiler.window=null",
-                f"{REALTIME}.compiler.sinks=0",
             ),
         ),
         Variant("no_realtime", "real-time stage", trains=False),

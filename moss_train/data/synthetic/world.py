@@ -37,9 +37,9 @@ DESCRIBE = "Describe it."
 
 #: share of each behaviour among streams; see `sample_stream`
 SCENARIOS: dict[str, float] = {
-    "before": 0.42,
+    "before": 0.45,
     "during": 0.20,
-    "after": 0.08,
+    "after": 0.05,
     "interruption": 0.12,
     "description": 0.03,
     "two_questions": 0.08,
