@@ -88,7 +88,7 @@ def test_overrides_are_checked_once_before_several_processes_start(tmp_path):
 def test_synthesised_dialogues_are_written_once_and_have_a_folder_of_their_own(tmp_path):
     run(tmp_path)
     calls = run(tmp_path, "data=synth")
-    assert packs(calls) == 6
+    assert packs(calls) == 7
     (synth,) = (call for call in calls if "data synth" in call)
     assert "source=rendered path=outputs/smoke_synth/clips/train/realtime out=outputs/smoke_synth/synth" in synth
     (packed,) = (call for call in calls if "source=outputs/smoke_synth/synth" in call)
