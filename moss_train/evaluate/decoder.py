@@ -28,6 +28,7 @@ import torch
 
 from moss_train.errors import ConfigError
 from moss_train.evaluate.config import DecodeConfig
+from moss_train.evaluate.feeding import Waiting, feed
 from moss_train.evaluate.schedule import Schedule, Step
 from moss_train.model.frame_cache import KeepPolicy
 from moss_train.parallel import groups
@@ -263,38 +264,14 @@ class StreamingDecoder:
     def _feed(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Feed what waits in `rows`; returns the logits [len(rows), V] after each row's last token, and where the
         decision head is asked its P(speak) [len(rows)], NaN after a token that is no frame's anchor."""
-        longest = max(len(self._rows[row].pending) for row in rows)
-        # numpy, since filling tensors element by element would cost more than a tiny model's forward
-        ids_RL, positions_RL, cross_RL = (np.zeros((len(self._rows), longest), np.int64) for _ in range(3))
-        lo_RL, hi_RL, text_lo_RL = (np.zeros((len(self._rows), longest), np.int32) for _ in range(3))
-        lengths_R = np.zeros(len(self._rows), np.int64)
-        ends_in_anchor: list[bool] = []
-        for row in rows:
-            state = self._rows[row]
-            tokens, count = np.array(state.pending), len(state.pending)
-            is_anchor = tokens == self._tokenizer.special.anchor
-            places = self._sight.places(is_anchor, state.length, state.frames - int(is_anchor.sum()))
-            ids_RL[row, :count], positions_RL[row, :count] = tokens, places.positions
-            cross_RL[row, :count], text_lo_RL[row, :count] = places.cross_positions, places.text_lo
-            lo_RL[row, :count], hi_RL[row, :count] = places.visible_lo, places.visible_hi
-            lengths_R[row] = count
-            state.length += count
-            ends_in_anchor.append(bool(is_anchor[-1]))
+        anchor = self._tokenizer.special.anchor
+        states = {row: self._rows[row] for row in rows}
+        waiting = {row: Waiting(state.pending, state.length, state.frames) for row, state in states.items()}
+        ends_in_anchor = [state.pending[-1] == anchor for state in states.values()]
+        logits_RV = feed(self._model, self._state, self._sight, anchor, waiting, len(self._rows), self._device)
+        for state in states.values():
+            state.length += len(state.pending)
             state.pending = []
-        # ranges and lengths stay on the CPU, where the caches read them
-        logits_RV = self._model.extend(
-            self._state,
-            torch.from_numpy(ids_RL).to(self._device),
-            torch.from_numpy(positions_RL).to(self._device),
-            torch.from_numpy(lengths_R),
-            visible_lo_RL=torch.from_numpy(lo_RL),
-            visible_hi_RL=torch.from_numpy(hi_RL),
-            sinks=self._sight.sinks,
-            cross_positions_RL=torch.from_numpy(cross_RL).to(self._device),
-            text_lo_RL=torch.from_numpy(text_lo_RL),
-            text_sinks=self._sight.text_sinks,
-            only_last=True,
-        )
         asked = torch.tensor(list(rows), device=self._device)
         if self._config.decide_by == "tokens":
             return logits_RV[asked], None

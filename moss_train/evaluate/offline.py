@@ -23,6 +23,7 @@ import torch.distributed as dist
 from moss_train.errors import DataError, SampleError
 from moss_train.evaluate.config import EvaluationConfig
 from moss_train.evaluate.decoder import device_of, forbidden_tokens
+from moss_train.evaluate.feeding import Waiting, feed
 from moss_train.evaluate.judges import Judge
 from moss_train.evaluate.metrics import OFFLINE, OFFLINE_SILENT
 from moss_train.evaluate.metrics.replies import mean
@@ -295,32 +296,10 @@ class _Decoder:
 
     def _feed(self, rows: list[int]) -> torch.Tensor:
         """Feed what waits in `rows`; the logits [len(rows), V] after each row's last token."""
-        longest = max(len(self._pending[row]) for row in rows)
-        ids_RL, positions_RL, cross_RL = (np.zeros((len(self._pending), longest), np.int64) for _ in range(3))
-        lo_RL, hi_RL, text_lo_RL = (np.zeros((len(self._pending), longest), np.int32) for _ in range(3))
-        lengths_R = np.zeros(len(self._pending), np.int64)
+        waiting = {row: Waiting(self._pending[row], self._length[row], self._frames[row]) for row in rows}
+        anchor, count = self._special.anchor, len(self._pending)
+        logits_RV = feed(self._model, self._state, self._sight, anchor, waiting, count, self._device)
         for row in rows:
-            tokens, count = np.array(self._pending[row]), len(self._pending[row])
-            is_anchor = tokens == self._special.anchor
-            places = self._sight.places(is_anchor, self._length[row], self._frames[row] - int(is_anchor.sum()))
-            ids_RL[row, :count], positions_RL[row, :count] = tokens, places.positions
-            cross_RL[row, :count], text_lo_RL[row, :count] = places.cross_positions, places.text_lo
-            lo_RL[row, :count], hi_RL[row, :count] = places.visible_lo, places.visible_hi
-            lengths_R[row] = count
-            self._length[row] += count
+            self._length[row] += len(self._pending[row])
             self._pending[row] = []
-        # ranges and lengths stay on the CPU, where the caches read them
-        logits_RV = self._model.extend(
-            self._state,
-            torch.from_numpy(ids_RL).to(self._device),
-            torch.from_numpy(positions_RL).to(self._device),
-            torch.from_numpy(lengths_R),
-            visible_lo_RL=torch.from_numpy(lo_RL),
-            visible_hi_RL=torch.from_numpy(hi_RL),
-            sinks=self._sight.sinks,
-            cross_positions_RL=torch.from_numpy(cross_RL).to(self._device),
-            text_lo_RL=torch.from_numpy(text_lo_RL),
-            text_sinks=self._sight.text_sinks,
-            only_last=True,
-        )
         return logits_RV[torch.tensor(rows, device=self._device)]
