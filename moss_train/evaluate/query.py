@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from moss_train.evaluate.decoder import forbidden_tokens
+from moss_train.evaluate.feeding import Waiting, feed
 from moss_train.streams.config import CompilerConfig
 from moss_train.streams.sight import Sight
 from moss_train.streams.template import TurnTemplate
@@ -84,25 +85,9 @@ class Query:
                 logits_V = self._feed([token])
 
     def _feed(self, ids: Sequence[int]) -> torch.Tensor:
-        tokens = np.array(ids, np.int64)
-        places = self._sight.places(tokens == self._tokenizer.special.anchor, self._length, self._frames)
-        self._length += len(tokens)
-        self._frames = int(places.visible_hi[-1])
-
-        def row(values: np.ndarray, dtype: type = np.int64) -> torch.Tensor:
-            return torch.from_numpy(values.astype(dtype))[None]
-
-        logits_1V = self._model.extend(
-            self._state,
-            row(tokens).to(self._device),
-            row(places.positions).to(self._device),
-            torch.tensor([len(tokens)]),
-            visible_lo_RL=row(places.visible_lo),
-            visible_hi_RL=row(places.visible_hi),
-            sinks=self._sight.sinks,
-            cross_positions_RL=row(places.cross_positions).to(self._device),
-            text_lo_RL=row(places.text_lo),
-            text_sinks=self._sight.text_sinks,
-            only_last=True,
-        )
+        anchor = self._tokenizer.special.anchor
+        frames = self._frames + list(ids).count(anchor)
+        waiting = {0: Waiting(ids, self._length, frames)}
+        logits_1V = feed(self._model, self._state, self._sight, anchor, waiting, 1, self._device)
+        self._length, self._frames = self._length + len(ids), frames
         return logits_1V[0]

@@ -6,6 +6,7 @@ from moss_train.streams.media import SAME_MOMENT_S
 from moss_train.synthesis.dialogue import Question, Situation, Task, shown_by
 from moss_train.synthesis.english import actions_of
 from moss_train.synthesis.event_answers import LONGEST_STORY, NOW, SO_FAR, decide_about_events, story
+from moss_train.synthesis.scenario_planner import ScenarioPlanner
 from moss_train.synthesis.state_planning import CUT_IN
 
 WHAT_NOW = ("What is happening now?", "What is going on?", "Tell me what is happening.")
@@ -14,36 +15,19 @@ WHAT_SO_FAR = ("What has happened so far?", "Tell me what you have seen so far."
 ABOUT_ACTOR = 0.4
 
 
-class EventPlanner:
+class EventPlanner(ScenarioPlanner):
     """Satisfies the `Planner` protocol."""
 
     scarce: dict[str, float] = {}
 
     def __init__(self, task: Task):
-        self._task = task
-        self._rng = task.rng
-        self._last = task.watch.frames() - 1
+        super().__init__(task)
         self._changes = [change.frame for change in task.changes]
 
     def questions(self, scenario: str, first_frame: int) -> list[Question] | None:
         if not self._changes:
             return None
-        makers = {
-            "before": self._before,
-            "during": self._during,
-            "after": self._after,
-            "interruption": self._interruption,
-            "description": self._description,
-            "two_questions": self._two_questions,
-        }
-        return makers[scenario](first_frame)
-
-    def _between(self, low: int, high: int) -> int:
-        """A whole number in [low, high]."""
-        return int(self._rng.integers(low, high + 1))
-
-    def _time(self, frame: float) -> float:
-        return self._task.watch.start_s + frame / self._task.watch.fps
+        return self._planned(scenario, first_frame)
 
     def _one_of(self, texts: tuple[str, ...]) -> str:
         return texts[self._between(0, len(texts) - 1)]

@@ -10,6 +10,7 @@ from moss_train.data.synthetic.world import ASKED_ABOUT, PAUSES
 from moss_train.streams.media import SAME_MOMENT_S
 from moss_train.synthesis.dialogue import Question, Task
 from moss_train.synthesis.english import State, state_of
+from moss_train.synthesis.scenario_planner import ScenarioPlanner
 from moss_train.synthesis.state_answers import DESCRIBE, DESCRIPTION, QUESTIONS, description
 
 CUT_IN = "Stop. "
@@ -20,16 +21,14 @@ LEAN = 1.6
 SETTLED = PAUSES["train"][0]
 
 
-class StatePlanner:
+class StatePlanner(ScenarioPlanner):
     """Satisfies the `Planner` protocol."""
 
     scarce = {"after": 30.0, "interruption": 2.1, "two_questions": 1.2, "silent": 1.0}
 
     def __init__(self, task: Task):
-        self._task = task
-        self._rng = task.rng
+        super().__init__(task)
         watch, captions = task.watch, task.timeline.captions
-        self._last = watch.frames() - 1
         self._shown: list[State | None] = [None] * (self._last + 1)  # by frame
         for caption in captions:
             first, end = watch.first_from(caption.start_s), watch.first_from(caption.end_s)
@@ -51,22 +50,7 @@ class StatePlanner:
     def questions(self, scenario: str, first_frame: int) -> list[Question] | None:
         if self._appears is None:
             return None
-        makers = {
-            "before": self._before,
-            "during": self._during,
-            "after": self._after,
-            "interruption": self._interruption,
-            "description": self._description,
-            "two_questions": self._two_questions,
-        }
-        return makers[scenario](first_frame)
-
-    def _between(self, low: int, high: int) -> int:
-        """A whole number in [low, high]."""
-        return int(self._rng.integers(low, high + 1))
-
-    def _time(self, frame: float) -> float:
-        return self._task.watch.start_s + frame / self._task.watch.fps
+        return self._planned(scenario, first_frame)
 
     def _settled(self, answer_frame: int, frames: int = SETTLED) -> bool:
         """Whether nothing changes from an answer until so many frames after it."""
