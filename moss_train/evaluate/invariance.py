@@ -18,6 +18,7 @@ from moss_train.evaluate.prepared import PreparedCorpus, PreparedStream, Share
 from moss_train.evaluate.row_predictions import largest_deviation
 from moss_train.evaluate.runner import evaluating
 from moss_train.streams.compiled import CompiledStream
+from moss_train.streams.sight import Sight
 
 _CUTS = 3  #: how many f are tried in each stream
 
@@ -32,7 +33,7 @@ def invariance_figures(model: Any, prepared: PreparedCorpus[PreparedStream], str
             batch = collate([[(compiled, frames_FCHW)]])
             found = (
                 future_frame_deviation(model, compiled, frames_FCHW),
-                largest_deviation(model, batch, compiled, frames_FCHW),
+                largest_deviation(model, batch, compiled, frames_FCHW, Sight.of(prepared.compiler)),
             )
             worst = {name: max(value, new) for (name, value), new in zip(worst.items(), found, strict=True)}
     return worst

@@ -18,6 +18,7 @@ from moss_train.data.collate import collate
 from moss_train.model.predictions import Predictions
 from moss_train.parallel.phases import beat
 from moss_train.streams.compiled import CompiledStream
+from moss_train.streams.sight import Sight
 
 _FRAMES_AT_ONCE = 256  #: encoded in one go
 
@@ -70,15 +71,18 @@ def predictions_in_lockstep(
 
 
 @torch.inference_mode()
-def incremental_logits(model: Any, stream: CompiledStream, frames_FCHW: torch.Tensor) -> torch.Tensor:
+def incremental_logits(
+    model: Any, stream: CompiledStream, frames_FCHW: torch.Tensor, sight: Sight | None = None
+) -> torch.Tensor:
     """Logits [T, V] of a compiled stream, run through the caches in the order in which its tokens see its frames.
 
     Each frame is added just before the first token that may see it; between two frames the tokens are fed at once.
-    Equal to the full forward up to rounding, for any layout, jittered or windowed.
+    Equal to the full forward up to rounding, for any layout, jittered or windowed. With the `sight` of its compiler,
+    what lies beyond its windows is evicted; None keeps all.
     """
     device = next(model.parameters()).device
     length = len(stream.ids)
-    state = model.start_streams(1, length, max(1, len(stream.frames)))
+    state = model.start_streams(1, length, max(1, len(stream.frames)), sight=sight)
     pieces = []
     start = added = 0
     while start < length:
@@ -115,7 +119,9 @@ def incremental_logits(model: Any, stream: CompiledStream, frames_FCHW: torch.Te
     return torch.cat(pieces)
 
 
-def largest_deviation(model: Any, batch: Batch, stream: CompiledStream, frames_FCHW: torch.Tensor) -> float:
+def largest_deviation(
+    model: Any, batch: Batch, stream: CompiledStream, frames_FCHW: torch.Tensor, sight: Sight | None = None
+) -> float:
     """Largest absolute difference of the logits at the slots, incremental against teacher-forced.
 
     `batch` holds `stream` alone in its only row.
@@ -123,5 +129,5 @@ def largest_deviation(model: Any, batch: Batch, stream: CompiledStream, frames_F
     at_slots = [slot.position for slot in stream.slots]
     with torch.inference_mode():
         full_TV = model(batch.to(next(model.parameters()).device))[:, 0]
-    step_TV = incremental_logits(model, stream, frames_FCHW)
+    step_TV = incremental_logits(model, stream, frames_FCHW, sight)
     return float((full_TV[at_slots] - step_TV[at_slots]).abs().max())
