@@ -108,6 +108,14 @@ class Batch:
         first, end = share.of(bounds)
         return replace(self, frames_NCHW=self.frames_NCHW[first:end], frame_bounds=bounds)
 
+    def trained_RT(self) -> torch.Tensor:
+        """Bool [R, T]: positions with a label that is trained, not -100 and with a positive weight."""
+        return (self.labels_RT != IGNORED_LABEL) & (self.weights_RT > 0)
+
+    def trained_places(self) -> torch.Tensor:
+        """int64 [K], ascending: the flat token index t * R + r of every position with a label that is trained."""
+        return self.trained_RT().T.flatten().nonzero()[:, 0]
+
     def padded(self, multiple: int) -> "Batch":
         """The same microbatch with padding tokens up to a multiple of `multiple` tokens a row."""
         room = -self.ids_RT.shape[1] % multiple

@@ -54,7 +54,7 @@ class PipelinePasses:
         self._frames = FrameFeatures(
             parallel,
             encoder,
-            encoder.pooled if encoder is not None else None,
+            model,
             trains_tower=any(name.startswith("vision_tower.") for name in trained),
             trains_projector=any(name.startswith("projector.") for name in trained),
             backward=self._backward,

@@ -10,6 +10,7 @@ from moss_train.data.batch import Batch
 from moss_train.engines.even_work import EvenEncoder, even_microbatches, with_frames
 from moss_train.engines.frames import own_share, plans_of, received, sees_a_part
 from moss_train.engines.gradients import sum_as_they_arise
+from moss_train.model.distinct_frames import DistinctFrames
 from moss_train.model.predictions import Predictions
 from moss_train.model.video_model import VideoModel
 from moss_train.objectives.streaming_loss import LossOutput, StreamingLoss, detached
@@ -49,10 +50,11 @@ class WholePasses:
         state = self._parallel
         self._engine.train(training)
         outputs = []
-        calls = zip(batches, plans_of(batches, state), self._encoder.most_chunks(batches), strict=True)
-        for number, (batch, plan, chunks) in enumerate(calls, start=1):
+        distinct = self._encoder.distinct(batches)
+        calls = zip(batches, plans_of(batches, state), distinct, self._encoder.most_chunks(distinct), strict=True)
+        for number, (batch, plan, frames, chunks) in enumerate(calls, start=1):
             beat()
-            encode = _Encode(self._encoder, batch.frames_NCHW.to(state.device, non_blocking=True), chunks)
+            encode = _Encode(self._encoder, frames.to(state.device), chunks)
             if not training:
                 outputs.append(self._objective(self._engine.module(batch, plan, encode), batch, totals))
                 continue
@@ -80,11 +82,11 @@ class WholePasses:
 class _Encode:
     """One microbatch's frames, ready to be encoded: handed to the module that DeepSpeed wraps."""
 
-    def __init__(self, encoder: EvenEncoder, frames_NCHW: torch.Tensor, chunks: int):
-        self._encoder, self._frames_NCHW, self._chunks = encoder, frames_NCHW, chunks
+    def __init__(self, encoder: EvenEncoder, frames: DistinctFrames, chunks: int):
+        self._encoder, self._frames, self._chunks = encoder, frames, chunks
 
     def __call__(self) -> torch.Tensor:
-        return self._encoder.encode(self._frames_NCHW, self._chunks)
+        return self._encoder.encode(self._frames, self._chunks)
 
 
 class _Step(nn.Module):
@@ -96,7 +98,8 @@ class _Step(nn.Module):
         self._state = state
 
     def forward(self, batch: Batch, plan: SharePlan, encode: _Encode) -> Predictions:
-        """Logits [T, R, V of this rank], and the decision head's."""
+        """Logits [K, V of this rank] of the trained positions, and the decision head's."""
         features_NPH = gather_over_tensor(encode(), plan, self._state.tensor_group)
         held = None if plan.frames == batch.frames else (plan.first, plan.end)
-        return self.model.predict(batch.ids_RT.T, self.model.layer_inputs(batch, held).with_features(features_NPH))
+        inputs = self.model.layer_inputs(batch, held, trained_only=True)
+        return self.model.predict(batch.ids_RT.T, inputs.with_features(features_NPH))

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from moss_train.data.batch import Batch, FrameShare
+from moss_train.model.distinct_frames import DistinctFrames
 from moss_train.model.video_model import VideoModel
 from moss_train.parallel.groups import ParallelState
 from moss_train.streams.compiled import IGNORED_LABEL
@@ -72,22 +73,25 @@ class EvenEncoder:
     def __init__(self, model: VideoModel, state: ParallelState):
         self._model, self._state = model, state
 
-    def most_chunks(self, batches: list[Batch]) -> list[int]:
+    def distinct(self, batches: Sequence[Batch]) -> list[DistinctFrames]:
+        """The pixels of this process's share of each microbatch, where they were decoded."""
+        return [self._model.distinct_frames(batch.frames_NCHW) for batch in batches]
+
+    def most_chunks(self, microbatches: Sequence[DistinctFrames]) -> list[int]:
         """Of each microbatch: in how many parts the process with most frames sends them through the tower. Collective
         when frames go in parts (`engine.recompute.tower_frames`)."""
         size = self._model.recompute.tower_frames
         if size is None:
-            return [1] * len(batches)
-        chunks = [max(1, -(-len(batch.frames_NCHW) // size)) for batch in batches]
+            return [1] * len(microbatches)
+        chunks = [max(1, -(-len(distinct.pixels_DCHW) // size)) for distinct in microbatches]
         most = torch.tensor(chunks, device=self._state.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return most.tolist()
 
-    def encode(self, frames_NCHW: torch.Tensor, chunks: int) -> torch.Tensor:
+    def encode(self, distinct: DistinctFrames, chunks: int) -> torch.Tensor:
         """Features [N, P, H] of this process's frames, of which there may be none."""
-        size, own = self._model.recompute.tower_frames, len(frames_NCHW)
-        needed = 1 if size is None else size * (chunks - 1) + 1
+        size, pixels = self._model.recompute.tower_frames, distinct.pixels_DCHW
+        own, needed = len(pixels), 1 if size is None else size * (chunks - 1) + 1
         if own < needed:
-            blank = frames_NCHW.new_zeros(needed - own, *frames_NCHW.shape[1:])
-            frames_NCHW = torch.cat([frames_NCHW, blank])
-        return self._model.encode_frames(frames_NCHW)[:own]
+            pixels = torch.cat([pixels, pixels.new_zeros(needed - own, *pixels.shape[1:])])
+        return distinct.spread(self._model.encode_each(pixels)[:own])

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from moss_train.data.batch import Batch, FrameShare
+from moss_train.model.distinct_frames import DistinctFrames
+from moss_train.model.video_model import VideoModel
 from moss_train.parallel.frame_gather import (
     SharePlan,
     from_first_stage,
@@ -26,8 +28,8 @@ from moss_train.parallel.phases import beat
 class _Encoded:
     """What one microbatch's encoding left behind until its gradients return."""
 
-    batch: Batch
     plan: SharePlan
+    distinct: DistinctFrames  #: the pixels of this process's share, where they were decoded
     own_NPH: torch.Tensor  #: what this process encoded
     pooled_NPD: torch.Tensor | None  #: what the projector read, kept when only the projector is trained
     brought_NPH: torch.Tensor | None  #: first stage: what this tensor rank's processes of all stages encoded
@@ -40,15 +42,15 @@ class FrameFeatures:
         self,
         state: ParallelState,
         encoder: Callable[..., torch.Tensor] | None,
-        pooled: Callable[[torch.Tensor], torch.Tensor] | None,
+        model: VideoModel,
         trains_tower: bool,
         trains_projector: bool,
         backward: Callable[[torch.Tensor, torch.Tensor], None] = torch.autograd.backward,
     ):
-        """`encoder`: a `FrameEncoder`, wrapped or not, and its `pooled`; None where this process encodes nothing.
+        """`encoder`: a `FrameEncoder` of `model`, wrapped or not; None where this process encodes nothing.
         `backward`: (features, their gradient) → gradients of the encoder."""
         self._state = state
-        self._encoder, self._pooled = encoder, pooled
+        self._encoder, self._model = encoder, model
         self._trains_tower = trains_tower
         self._trained = trains_tower or trains_projector
         self._backward = backward
@@ -73,7 +75,8 @@ class FrameFeatures:
             encoded = self._encoded[number]
             assert encoded is not None and encoded.brought_NPH is not None
             return gather_over_tensor(encoded.brought_NPH, plan, self._state.tensor_group)
-        own_NPH = self._encoder(self._pixels(batch))
+        distinct = self._model.distinct_frames(batch.frames_NCHW).to(self._state.device)
+        own_NPH = distinct.spread(self._encoder(distinct.pixels_DCHW))
         return gather_over_tensor(own_NPH, plan, self._state.tensor_group)
 
     def finish(self) -> None:
@@ -87,14 +90,16 @@ class FrameFeatures:
     def _encode_ahead(self, batch: Batch, plan: SharePlan) -> _Encoded:
         beat()
         pooled_NPD = None
-        pixels = self._pixels(batch)
+        held = self._model.distinct_frames(batch.frames_NCHW)
+        distinct = held.to(self._state.device)
+        pixels = distinct.pixels_DCHW
         if self._returns_gradients and not self._trains_tower and len(pixels):
-            pooled_NPD = self._pooled(pixels)
-        own_NPH = self._encoder(pixels, pooled_NPD)
+            pooled_NPD = self._model.pooled_features(pixels)
+        own_NPH = distinct.spread(self._encoder(pixels, pooled_NPD))
         brought_NPH = to_first_stage(own_NPH, plan, self._state)
         if brought_NPH is not None:
             brought_NPH.requires_grad_(self._returns_gradients)
-        return _Encoded(batch, plan, own_NPH, pooled_NPD, brought_NPH)
+        return _Encoded(plan, held, own_NPH, pooled_NPD, brought_NPH)
 
     def _backward_one(self, encoded: _Encoded) -> None:
         beat()
@@ -103,14 +108,9 @@ class FrameFeatures:
             grad = torch.zeros_like(encoded.brought_NPH)
         own_grad_NPH = from_first_stage(grad, encoded.plan, self._state, like=encoded.own_NPH)
         if len(own_grad_NPH):
-            features_NPH = self._encoder(
-                self._pixels(encoded.batch) if encoded.pooled_NPD is None else encoded.batch.frames_NCHW,
-                encoded.pooled_NPD,
-            )
-            self._backward(features_NPH, own_grad_NPH)
-
-    def _pixels(self, batch: Batch) -> torch.Tensor:
-        return batch.frames_NCHW.to(self._state.device, non_blocking=True)
+            distinct = encoded.distinct.to(self._state.device)
+            features_DPH = self._encoder(distinct.pixels_DCHW, encoded.pooled_NPD)
+            self._backward(distinct.spread(features_DPH), own_grad_NPH)
 
 
 def plans_of(microbatches: Sequence[Batch], state: ParallelState) -> list[SharePlan]:

@@ -270,7 +270,7 @@ class MegatronEngine:
         self._frames = FrameFeatures(
             self._parallel,
             self._encoder_ddp,
-            self._encoder_ddp.module.pooled if self._encoder_ddp is not None else None,
+            self._model,
             trains_tower=any(self._group_of[name] == "vision_tower" for name in self._trainable),
             trains_projector=any(self._group_of[name] == "projector" for name in self._trainable),
         )

@@ -37,11 +37,7 @@ class FrameEncoder(nn.Module):
             sizes = self._model[0].sizes
             weight = self.projector.weight
             return touch(weight.new_zeros(0, sizes.tokens_per_frame, weight.shape[0]), self.parameters())
-        return self.projector(self.pooled(frames_NCHW) if pooled_NPD is None else pooled_NPD)
-
-    def pooled(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
-        """The tower's features [N, P, D] of at least one frame."""
-        return self._model[0].pooled_features(frames_NCHW)
+        return self.projector(self._model[0].pooled_features(frames_NCHW) if pooled_NPD is None else pooled_NPD)
 
 
 class DecoderChunk(nn.Module):
@@ -91,7 +87,7 @@ class DecoderChunk(nn.Module):
         for layer in self.layers:
             x_TRH = layer(x_TRH, inputs, self._model[0].recompute)
         if self.is_last:
-            return self._model[0].read_out(x_TRH)
+            return self._model[0].read_out(x_TRH, inputs.head_places_K)
         return pack_message(x_TRH, features_NPH, message_length)
 
 
@@ -123,7 +119,7 @@ class ChunkCalls:
         batch, plan = self._batches[number], self._plans[number]
         if number not in self._inputs:
             held = None if plan.frames == batch.frames else (plan.first, plan.end)
-            self._inputs[number] = self._model.layer_inputs(batch, held)
+            self._inputs[number] = self._model.layer_inputs(batch, held, trained_only=True)
         inputs = self._inputs[number]
         features_NPH = self._frames.of(number, batch, plan) if chunk.is_first else None
         if chunk.virtual == len(self._model.part.chunks) - 1:

@@ -230,7 +230,7 @@ class _Decoder:
     ):
         self._model, self._answer_tokens = model, answer_tokens
         self._special, self._vocabulary = tokenizer.special, tokenizer.vocabulary_size
-        self._sight = Sight.of(compiler)
+        self._sight = Sight.whole(compiler)
         self._state = model.start_streams(rows, max_tokens, max_frames)
         self._device = device_of(model)
         special = self._special

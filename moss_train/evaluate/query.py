@@ -33,7 +33,7 @@ class Query:
     ):
         """`parts`: stretches of text, and between them media, uint8 [N, C, H, W]."""
         self._model, self._tokenizer = model, tokenizer
-        self._sight = Sight.of(compiler)
+        self._sight = Sight.whole(compiler)
         self._state = model.start_streams(1, sight=self._sight)
         self._device = next(model.parameters()).device
         self._length = self._frames = 0

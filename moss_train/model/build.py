@@ -88,7 +88,7 @@ def fresh_weights(
         kind = CrossLayer if index in text.cross_layers else SelfLayer
         yield from _named(f"layers.{index}", kind(index, config, megatron, own_group))
     yield from _named("final_norm", modules.rms_norm(megatron, text.hidden_size))
-    yield from _named("head", modules.output_linear(megatron, text.hidden_size, text.vocabulary_size, own_group))
+    yield from _named("head", modules.unsummed_linear(megatron, text.hidden_size, text.vocabulary_size, own_group))
     if config.decision_head:
         yield from _named("decision_head", DecisionHead(megatron, text.hidden_size, own_group))
     drawn_so_far = torch.get_rng_state()

@@ -127,6 +127,8 @@ class ModelConfig:
     decision_head: bool = False
     """A second head that says, at each frame's anchor, whether to speak now (docs/objectives.md). It starts from zeros;
     weights without one can start a model with one."""
+    encode_once: bool = True
+    """Encode frames of a microbatch that are alike once. Equal to encoding each up to rounding (1e-6 in float32)."""
     attention: str = "segments"
     """Attention over visibility ranges: segments (runs of equal visibility), or dense (a full mask; for tests)."""
     initial_gate: float = 0.0

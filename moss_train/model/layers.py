@@ -31,6 +31,8 @@ class LayerInputs:
     frame_rotation: Rotation | None  #: cos, sin [N, 1, 1, D]; None when cross-attention is not rotated
     features_NPH: torch.Tensor | None  #: projected frames; None when the batch has none or all are cached
     sees_frames_TR1: torch.Tensor | None  #: bool, of the tokens between matrices; None when the batch has no frames
+    #: int64, flat token index t * R + r of the positions whose logits are asked for; None: of all
+    head_places_K: torch.Tensor | None = None
     #: place of each encoded frame among those that layers read, and how many places there are; None: as encoded
     frame_places: tuple[torch.Tensor, int] | None = None
 
@@ -81,7 +83,7 @@ class CrossAttention(Attention):
     """
 
     def __init__(self, config: ModelConfig, megatron: TransformerConfig, group):
-        super().__init__(config, megatron, group, key_value_linear=modules.frame_linear)
+        super().__init__(config, megatron, group, key_value_linear=modules.unsummed_linear)
         self.query_norm = modules.head_norm(megatron, self.head_size)
         self.key_norm = modules.head_norm(megatron, self.head_size)
 

@@ -49,11 +49,6 @@ def column_linear(megatron: TransformerConfig, size_in: int, size_out: int, grou
             skip_bias_add=False, is_expert=False, tp_group=group,
         )  # fmt: skip
         return _without_extra_state(layer)
-    return output_linear(megatron, size_in, size_out, group)
-
-
-def output_linear(megatron: TransformerConfig, size_in: int, size_out: int, group) -> nn.Module:
-    """`column_linear` for the head, always the local layer: its width is the vocabulary's, whatever that is."""
     layer = ColumnParallelLinear(
         size_in, size_out, config=megatron, init_method=megatron.init_method, bias=False, gather_output=False,
         tp_group=group,
@@ -69,12 +64,13 @@ def token_embedding(megatron: TransformerConfig, rows: int, width: int, group) -
     return _split(layer, dim=0)
 
 
-def frame_linear(megatron: TransformerConfig, size_in: int, size_out: int, group) -> nn.Module:
-    """`column_linear` for the frames of the cross layers, whose gradient is summed over the tensor-parallel group once,
-    where features are gathered, and not here: dL/dinput holds the part of this rank's columns alone. Frames are never
-    split along the sequence.
+def unsummed_linear(megatron: TransformerConfig, size_in: int, size_out: int, group) -> nn.Module:
+    """`column_linear` whose input is whole on every process, and whose gradient is not summed over the tensor-parallel
+    group here: dL/dinput holds the part of this rank's columns alone. Who makes the input sums it: for the frames of
+    the cross layers where features are gathered, for the head where the positions that reach it are taken.
 
-    Always the local layer: Transformer Engine's sums the gradient whenever its group has several processes.
+    Always the local layer: Transformer Engine's sums the gradient whenever its group has several processes, and takes
+    no width such as a vocabulary's.
     """
     layer = ColumnParallelLinear(
         size_in, size_out, config=megatron, init_method=megatron.init_method, bias=False, gather_output=False,

@@ -199,7 +199,7 @@ class StreamState:
         )
         last_R = torch.from_numpy(np.maximum(lengths_R - 1, 0)).to(self.device) if only_last else None
         x_TRH = self._run(ids_RL, inputs)
-        logits_LRV, decisions_LR = self._read_out(x_TRH, last_R, ids_RL.shape)
+        logits_LRV, decisions_LR, _ = self._read_out(x_TRH, last_R, ids_RL.shape)
         self.decisions_RL = None if decisions_LR is None else decisions_LR[:asked].T
         self.text.tokens_R = self.text.tokens_R + lengths_R
         return logits_LRV[0] if only_last else logits_LRV[:asked].transpose(0, 1)
@@ -235,7 +235,7 @@ class StreamState:
                 if split:
                     x_TRH = _gathered(x_TRH, 0, model.tensor_group)
                 x_TRH = x_TRH[last_R, torch.arange(rows, device=self.device)][None]
-            logits, decisions = model.read_out(x_TRH)
+            logits, decisions, _ = model.read_out(x_TRH)
             logits = _gathered(logits, -1, model.tensor_group)
             if last_R is not None and split:
                 # With sequence parallelism the heads take a share of the tokens and join the shares.

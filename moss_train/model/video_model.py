@@ -7,7 +7,11 @@ frame, C colours, H decoder width, V rows of the head.
 from collections.abc import Callable
 
 import torch
-from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from torch import nn
 
@@ -16,6 +20,7 @@ from moss_train.model import modules, parts, visibility
 from moss_train.model.attention import AttentionBackend, DenseAttention, SegmentAttention
 from moss_train.model.config import ModelConfig, RecomputeConfig
 from moss_train.model.decision_head import DecisionHead
+from moss_train.model.distinct_frames import DistinctFrames
 from moss_train.model.flash import flash_attention_available, lay_out_streams
 from moss_train.model.layers import CrossLayer, LayerInputs, SelfLayer
 from moss_train.model.precision import Precision
@@ -155,7 +160,9 @@ class VideoModel(nn.Module):
         )
         if self.part.head:
             self.final_norm = built(modules.rms_norm(self.config, text.hidden_size))
-            self.head = built(modules.output_linear(self.config, text.hidden_size, text.vocabulary_size, tensor_group))
+            self.head = built(
+                modules.unsummed_linear(self.config, text.hidden_size, text.vocabulary_size, tensor_group)
+            )
             if config.decision_head:
                 self.decision_head = built(DecisionHead(self.config, text.hidden_size, tensor_group))
         self.rotary = RotaryTable(text.hidden_size // text.attention_heads, text.rope_theta, text.rope_scaling)
@@ -197,7 +204,16 @@ class VideoModel(nn.Module):
 
     def encode_frames(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
         """Frames to what the cross layers attend to, [N, P, H]."""
+        distinct = self.distinct_frames(frames_NCHW).to(self.projector.weight.device)
+        return distinct.spread(self.encode_each(distinct.pixels_DCHW))
+
+    def encode_each(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
+        """`encode_frames`, whether frames are alike or not."""
         return self.projector(self.pooled_features(frames_NCHW))
+
+    def distinct_frames(self, frames_NCHW: torch.Tensor) -> DistinctFrames:
+        """Which of the frames are encoded: those that differ, or all with `model.encode_once=false`."""
+        return DistinctFrames.among(frames_NCHW) if self.sizes.encode_once else DistinctFrames(frames_NCHW, None)
 
     def pooled_features(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
         """Tower features after pooling and before the projector, [N, P, feature_size]."""
@@ -213,17 +229,20 @@ class VideoModel(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits [T, R, V] of one microbatch whose frames are all here (this rank's columns of V when matrices are
         split). Only for a whole model; the engine drives a part."""
-        return self.predictions(batch).logits_TRV
+        return self.predictions(batch).logits
 
-    def predictions(self, batch: Batch) -> Predictions:
-        """`forward`, with the decision head's logits where there is one."""
+    def predictions(self, batch: Batch, trained_only: bool = False) -> Predictions:
+        """`forward`, with the decision head's logits where there is one. Arguments as `layer_inputs`."""
         features_NPH = self.encode_frames(batch.frames_NCHW) if batch.frames else None
-        return self.predict(batch.ids_RT.T, self.layer_inputs(batch).with_features(features_NPH))
+        return self.predict(batch.ids_RT.T, self.layer_inputs(batch, None, trained_only).with_features(features_NPH))
 
-    def layer_inputs(self, batch: Batch, held: tuple[int, int] | None = None) -> LayerInputs:
+    def layer_inputs(
+        self, batch: Batch, held: tuple[int, int] | None = None, trained_only: bool = False
+    ) -> LayerInputs:
         """What the layers share, without the features, which `LayerInputs.with_features` adds.
 
         `held`: which flat frames this process holds, when it does not hold all of the batch's.
+        `trained_only`: only positions with a label that is trained reach the head (`Batch.trained_places`).
         """
         device = batch.ids_RT.device
         row, slot = batch.frame_rows_N, batch.frame_slots_N
@@ -243,24 +262,36 @@ class VideoModel(nn.Module):
             cross_rotation=self.text_rotation(batch.cross_positions_RT.T),
             features_NPH=None,
             sees_frames_TR1=self._own_tokens(visibility.sees_frames(batch)) if batch.frames else None,
+            head_places_K=batch.trained_places() if trained_only and self.part.head else None,
             frame_places=places,
         )
 
     def decode(self, ids_TR: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
         """Run the decoder: ids [T, R] to logits [T, R, V]."""
-        return self.predict(ids_TR, inputs).logits_TRV
+        return self.predict(ids_TR, inputs).logits
 
     def predict(self, ids_TR: torch.Tensor, inputs: LayerInputs) -> Predictions:
         """`decode`, with the decision head's logits where there is one."""
         x_TRH = self.embedding(ids_TR)
         for layer in self.decoder_layers:
             x_TRH = layer(x_TRH, inputs, self.recompute)
-        return self.read_out(x_TRH)
+        return self.read_out(x_TRH, inputs.head_places_K)
 
-    def read_out(self, x_TRH: torch.Tensor) -> Predictions:
-        """What the heads make of the last layer's output; where they are (`part.head`)."""
+    def read_out(self, x_TRH: torch.Tensor, places_K: torch.Tensor | None = None) -> Predictions:
+        """What the heads make of the last layer's output; where they are (`part.head`).
+
+        places_K: flat token indices t * R + r that reach the head; None: all of them. The decision head, one number a
+        token, always says all.
+        """
         x_TRH = self.final_norm(x_TRH)
-        return Predictions(self.head(x_TRH)[0], self.decision_head(x_TRH) if self.sizes.decision_head else None)
+        decisions_TR = self.decision_head(x_TRH) if self.sizes.decision_head else None
+        # The head's columns are split, so what it tells the positions' gradient is summed over the group here.
+        if self.config.sequence_parallel:
+            x_TRH = gather_from_sequence_parallel_region(x_TRH, group=self.tensor_group)
+        x = x_TRH if places_K is None else x_TRH.flatten(0, 1).index_select(0, places_K)
+        if not self.config.sequence_parallel and self.tensor_group.size() > 1:
+            x = copy_to_tensor_model_parallel_region(x, group=self.tensor_group)
+        return Predictions(self.head(x)[0], decisions_TR, places_K)
 
     def _own_tokens(self, x_TR1: torch.Tensor) -> torch.Tensor:
         if not self.config.sequence_parallel:

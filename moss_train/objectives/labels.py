@@ -10,7 +10,7 @@ import torch
 
 from moss_train.data.batch import Batch
 from moss_train.objectives.metrics import reply_starts
-from moss_train.streams.compiled import IGNORED_LABEL, Kind
+from moss_train.streams.compiled import Kind
 
 
 class Total(IntEnum):
@@ -47,7 +47,7 @@ class Labels(NamedTuple):
 def labels_of(batch: Batch, anchor_id: int | None) -> Labels:
     """The masks of `batch`. Without `anchor_id` no position counts as an anchor."""
     anchors_RT = None if anchor_id is None else batch.ids_RT == anchor_id
-    trained_RT = (batch.labels_RT != IGNORED_LABEL) & (batch.weights_RT > 0)
+    trained_RT = batch.trained_RT()
     idle_RT = trained_RT & (batch.kinds_RT == Kind.IDLE_SILENCE)
     return Labels(
         trained_RT=trained_RT,

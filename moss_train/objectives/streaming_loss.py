@@ -102,26 +102,31 @@ class StreamingLoss:
     def __call__(self, predictions: Predictions | torch.Tensor, batch: Batch, totals: torch.Tensor) -> LossOutput:
         """The loss of this microbatch as a part of the global batch whose `totals` are given.
 
-        predictions: the model's; logits [T, R, V] alone, when there is no decision head. The softmax is taken in
-        float32, whatever their precision. A microbatch without trained labels gives 0 with a graph, so that every rank
-        takes part in the backward pass.
+        predictions: the model's, of all positions or of `Batch.trained_places` alone; or logits [T, R, V], when it has
+        no decision head. The softmax is taken in float32, whatever their precision. A microbatch without trained labels
+        gives 0 with a graph, so that every rank takes part in the backward pass.
         """
         if isinstance(predictions, torch.Tensor):
             predictions = Predictions(predictions)
         labels = labels_of(batch, self.anchor_id)
         # Found once: each indexing by a mask would wait for the device.
-        places = labels.trained_RT.T.nonzero(as_tuple=True)
+        places_K = batch.trained_places() if predictions.places_K is None else predictions.places_K
+        rows = batch.ids_RT.shape[0]
+
+        def at(values_RT: torch.Tensor) -> torch.Tensor:
+            return values_RT.T.flatten()[places_K]
+
         totals = totals.to(batch.ids_RT.device)
-        # Only trained positions are lifted to float32: most positions are prompts and anchors, and the copy keeps a
-        # vocabulary-parallel cross-entropy, which may work in place as megatron's does, away from the model's logits.
-        logits_KV = predictions.logits_TRV[places].float()
-        labels_K = batch.labels_RT.T[places]
-        kinds_K = batch.kinds_RT.T[places].long()
-        starts_K, silences_K = labels.starts_RT.T[places], labels.silences_RT.T[places]
-        weights_K = self._balanced(self._weights(batch).T[places], starts_K, silences_K, totals)
+        # Only trained positions are lifted to float32: most positions are prompts and anchors. A vocabulary-parallel
+        # cross-entropy may work in place, as megatron's does: nothing needs these logits behind it.
+        logits_KV = predictions.at(places_K, rows).float()
+        labels_K = at(batch.labels_RT)
+        kinds_K = at(batch.kinds_RT).long()
+        starts_K, silences_K = at(labels.starts_RT), at(labels.silences_RT)
+        weights_K = self._balanced(at(self._weights(batch)), starts_K, silences_K, totals)
         # What else is read of the logits is read before the cross-entropy.
         choice = self._choice(logits_KV, labels_K)
-        contrasts = self._contrasts(logits_KV, batch.contrasts_RT.T[places])
+        contrasts = self._contrasts(logits_KV, at(batch.contrasts_RT))
 
         ce_K = self._cross_entropy(logits_KV, labels_K)
         mass_K = weights_K * self._focal_factor(ce_K, starts_K | silences_K) * ce_K
@@ -145,7 +150,7 @@ class StreamingLoss:
                 return zeros.index_add_(0, kinds_K, values_K.detach().double())
 
             # The last place takes what is of no source.
-            origins_K = batch.origins_RT.T[places].clamp(-1, len(self.sources))
+            origins_K = at(batch.origins_RT).clamp(-1, len(self.sources))
             origins_K = torch.where(origins_K < 0, len(self.sources), origins_K)
 
             def per_source(values_K: torch.Tensor) -> torch.Tensor:

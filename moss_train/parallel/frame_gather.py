@@ -5,7 +5,7 @@ process brings, t tensor-parallel processes, and [P, H] one frame's features:
 
 * `to_first_stage`: each later stage's process sends its frames to the first stage's (one send, exact size);
 * `gather_over_tensor`: all-gather of t × m frames, and in the backward pass a reduce-scatter of t × m frames, which
-  also sums what the tensor-parallel processes' heads contributed (`model.modules.frame_linear` does not);
+  also sums what the tensor-parallel processes' heads contributed (`model.modules.unsummed_linear` does not);
 * `from_first_stage`: the gradients of `to_first_stage`, sent back.
 
 Pixels are never sent. Shape suffixes: N frames, P vision tokens of a frame, H decoder width.

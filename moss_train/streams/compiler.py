@@ -57,7 +57,7 @@ def compile_sample(
         _write_conversation(row, sample, frames, tokenizer, config)
         kind = "conversation"
     requests = tuple(request for of_medium in frames for request in of_medium)
-    return row.compiled(sample.key, kind, requests, config, Sight.of(config, rng))
+    return row.compiled(sample.key, kind, requests, config, Sight.whole(config))
 
 
 def check_known(sample: Sample, media: dict[str, MediaInfo]) -> None:

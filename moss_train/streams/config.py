@@ -199,13 +199,15 @@ class CompilerConfig:
     [-2, -1, 1, 2] moves frames both ways. It never leaves the reply nor overtakes the decision to speak."""
 
     window: int | None = None
-    """A token sees at most this many of the latest frames; null = all that have arrived."""
+    """A token of a stream sees at most this many of the latest frames; null = all that have arrived. Media that come
+    whole, in captions and conversations, are seen whole."""
 
     sinks: int = 0
     """First frames of a stream that stay visible beside the window; needs `window`."""
 
     text_window: int | None = None
-    """A token attends to at most this many of the latest tokens, itself and anchors included; null = to all."""
+    """A token of a stream attends to at most this many of the latest tokens, itself and anchors included; null = to
+    all."""
 
     text_sinks: int = 0
     """First tokens of a stream that stay visible beside the text window (the system prompt); needs `text_window`."""

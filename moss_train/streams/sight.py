@@ -52,6 +52,12 @@ class Sight:
         text_window = value("text_window", ranges.text_window_range)
         return Sight(window, sinks, text_window, value("text_sinks", ranges.text_sink_range), config.positions)
 
+    @staticmethod
+    def whole(config: Any) -> "Sight":
+        """The sight of a sample whose media were given as a whole, before what is said of them: windows and sinks are
+        for streams, of which there is no end."""
+        return Sight(positions=config.positions)
+
     def places(self, is_anchor_T: np.ndarray, tokens_before: int = 0, frames_before: int = 0) -> Places:
         """The places of tokens that follow `tokens_before` tokens, `frames_before` of them anchors."""
         count = len(is_anchor_T)

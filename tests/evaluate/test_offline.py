@@ -61,9 +61,8 @@ def greedily(model, conversation, frames_FCHW, compiler) -> list[tuple[str, bool
             writer = RowWriter(TOKENIZER)
             writer.untrained(ids)
             shown = ids.count(special.anchor)
-            row = writer.compiled(
-                "k", "conversation", conversation.compiled.frames[:shown], compiler, Sight.of(compiler)
-            )
+            sees_all = Sight(positions=compiler.positions)  # windows are for streams
+            row = writer.compiled("k", "conversation", conversation.compiled.frames[:shown], compiler, sees_all)
             with torch.no_grad():
                 logits_V = model(collate([[(row, frames_FCHW[:shown])]]))[-1, 0, : TOKENIZER.vocabulary_size]
             logits_V[never] = -torch.inf

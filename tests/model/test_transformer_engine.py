@@ -23,7 +23,7 @@ from moss_train.model.video_model import Embedding, VideoModel
 SIZE_IN, SIZE_OUT = 12, 20
 EPSILON = 3e-4
 FUSED_COLUMN, FUSED_ROW = "TEColumnParallelLinear", "TERowParallelLinear"
-LINEAR = {"column": modules.column_linear, "row": modules.row_linear, "frame": modules.frame_linear}
+LINEAR = {"column": modules.column_linear, "row": modules.row_linear, "frame": modules.unsummed_linear}
 
 
 class Group:
@@ -136,7 +136,7 @@ def test_rms_norm(wrappers, calls):
 
 
 def test_frames_and_heads_stay_local(calls):
-    layer = modules.frame_linear(megatron(), SIZE_IN, SIZE_OUT, Group(2))
+    layer = modules.unsummed_linear(megatron(), SIZE_IN, SIZE_OUT, Group(2))
     assert type(layer) is ColumnParallelLinear
     assert layer.disable_grad_reduce and not layer.sequence_parallel
     assert type(modules.head_norm(megatron(), 4)) is RMSNorm

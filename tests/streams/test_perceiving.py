@@ -11,7 +11,10 @@ from stream_strategies import CONFIGS, compiled_or_refused, streams
 
 from moss_train.errors import ConfigError
 from moss_train.streams.compiled import IGNORED_LABEL, Kind
+from moss_train.streams.compiler import compile_sample
 from moss_train.streams.config import AugmentationConfig, CompilerConfig
+from moss_train.streams.media import MediaInfo
+from moss_train.streams.schema import parse_sample
 from moss_train.streams.split import RowBudget
 
 SLOW = {"tokens_per_second": 2.0}
@@ -250,3 +253,22 @@ def test_turn_ends_are_trained_where_no_reply_is_cut():
     assert row.ids[ends].tolist() == [special.silence] * 2 and ends[-1] == len(row.ids) - 2
     plain = compiled(data, CompilerConfig(**SLOW))
     assert not (plain.labels == special.end_of_turn).any() and plain.ids.tolist() == row.ids.tolist()
+
+
+def test_media_given_whole_are_seen_whole():
+    """Windows and sinks are for streams."""
+    media = [{"id": "v0", "kind": "video", "member": "mp4", "duration_s": 6.0}]
+    talk = [{"role": "user", "content": "<|video|>What is it?"}, {"role": "assistant", "content": "It is red."}]
+    conversation = {"schema": "moss_train/conversation@1", "id": "c", "media": media, "messages": talk}
+    caption = {"schema": "moss_train/caption@1", "id": "c", "media": media, "text": "It is red."}
+    infos = {"v0": MediaInfo(6.0)}
+    narrow = CompilerConfig(window=2, sinks=1, text_window=4, augment=AugmentationConfig(window_range=[1, 2]))
+    for data in (conversation, caption):
+        rows = [
+            compile_sample(parse_sample(data, "c"), infos, tokenizer(), config, np.random.default_rng(0))
+            for config in (CompilerConfig(), narrow)
+        ]
+        assert int(rows[0].visible_hi.max()) > 2
+        for name in ("ids", "visible_lo", "visible_hi", "text_lo"):
+            assert np.array_equal(getattr(rows[0], name), getattr(rows[1], name)), name
+        assert (rows[1].sinks, rows[1].text_sinks) == (0, 0)
