@@ -8,7 +8,7 @@ Per microbatch:
 
 | kind | what is sent |
 | --- | --- |
-| tensor | T·R·H·e per crossing of the tensor-parallel boundary. Column layers: one all-reduce each in the backward pass; row layers and the embedding: one in the forward pass. Sequence parallel: column layers all-gather forward, all-gather again (if trained) and reduce-scatter backward; row layers reduce-scatter forward, all-gather backward; the embedding's all-reduce stays, and its gradient is all-gathered, and so are the decision head's T·R float32 |
+| tensor | T·R·H·e per crossing of the tensor-parallel boundary. Column layers: one all-reduce each in the backward pass; row layers and the embedding: one in the forward pass. Sequence parallel: column layers all-gather forward, all-gather again (if trained) and reduce-scatter backward; row layers reduce-scatter forward, all-gather backward; the embedding's all-reduce stays, and its gradient is all-gathered, and so are the decision head's T·R float32. The head: one all-reduce of K·H·e in the backward pass; sequence parallel: an all-gather forward and a reduce-scatter backward of T·R·H·e |
 | loss | all-reduces of K float32: three of the cross-entropy, three of the decisions |
 | frames | all-gather over tensor ranks, first stage, of (tensor ranks × the most frames one of them brings) · P·H·e; its reduce-scatter backward if the encoder is trained; with `model_parallel` sharding and a pipeline, one send of a later stage's own frames to the first, and of their gradients back |
 | cross_attention | per cross layer, with cp: all-gather of cp · T·R·A/tp float32, all-reduce of T·R·A/tp·D float32; backward one such all-reduce |
@@ -161,9 +161,14 @@ class _Process:
         return after
 
     def head(self, microbatch: Microbatch, carries_gradient: bool) -> None:
-        self.forward(microbatch, 1, 0)
-        if carries_gradient or self.trained & {"final_norm", "head"}:
-            self.backward(microbatch, 1, 0, "head" in self.trained)
+        carries_gradient |= "final_norm" in self.trained
+        if self.layout.sp:
+            self.hidden("all_gather", microbatch)
+            if carries_gradient:
+                self.hidden("reduce_scatter", microbatch)
+        elif carries_gradient:
+            size = microbatch.labels * self.model.text.hidden_size * self.element_size
+            self.add("tensor", "all_reduce", size, self.layout.tp)
         if self.model.decision_head and self.layout.sp:
             self.add("tensor", "all_gather", self.tokens(microbatch) * _FP32, self.layout.tp)
         self.add("loss", "all_reduce", microbatch.labels * _FP32, self.layout.tp, times=6)
