@@ -130,7 +130,8 @@ class ModelConfig:
     encode_once: bool = True
     """Encode frames of a microbatch that are alike once. Equal to encoding each up to rounding (1e-6 in float32)."""
     attention: str = "segments"
-    """Attention over visibility ranges: segments (runs of equal visibility), or dense (a full mask; for tests)."""
+    """Attention over visibility ranges: segments (runs of equal visibility), flex (FlexAttention over block masks, on
+    CUDA; where frames are shared out over processes it is segments too), or dense (a full mask; for tests)."""
     initial_gate: float = 0.0
     """Value of the cross layers' gates before training; 0 leaves a pretrained decoder unchanged at step 0."""
     init_std: float = 0.02
@@ -170,7 +171,7 @@ class ModelConfig:
             ),
             (self.pool in ("average", "max", "none"), "pool", "average, max or none"),
             (self.pool == "none" or side % self.pool_stride == 0, "pool_stride", f"a divisor of {side} patches a side"),
-            (self.attention in ("segments", "dense"), "attention", "segments or dense"),
+            (self.attention in ("segments", "flex", "dense"), "attention", "segments, flex or dense"),
             (text.extra_embedding_rows >= 0, "text.extra_embedding_rows", "0 or more"),
         ]
         for legal, name, remedy in rules:

@@ -22,6 +22,7 @@ from moss_train.model.config import ModelConfig, RecomputeConfig
 from moss_train.model.decision_head import DecisionHead
 from moss_train.model.distinct_frames import DistinctFrames
 from moss_train.model.flash import flash_attention_available, lay_out_streams
+from moss_train.model.flex import FlexAttention
 from moss_train.model.layers import CrossLayer, LayerInputs, SelfLayer
 from moss_train.model.precision import Precision
 from moss_train.model.predictions import Predictions
@@ -304,6 +305,8 @@ class VideoModel(nn.Module):
             return DenseAttention(
                 visibility.dense_self_mask(batch, device), visibility.dense_cross_mask(batch, compat, device)
             )
+        if self.sizes.attention == "flex" and self.frame_group is None and held is None:
+            return FlexAttention(batch, compat, self.sizes.tokens_per_frame, device)
         cross_plan = visibility.plan_cross_attention(batch, compat, device, held)
         if has_text_windows(batch):
             return SegmentAttention(None, cross_plan, self.frame_group, windows=plan_windows(batch, device))
