@@ -58,6 +58,11 @@ def _check_deepspeed(engine: EngineConfig, layout: LayoutConfig, precision: str)
             f"layout.zero=0: with precision={precision} DeepSpeed takes a step of its own when it starts, which decays "
             "the weights; set layout.zero to 1, 2 or 3, or engine.name=megatron"
         )
+    if engine.recompute.head_positions is not None and layout.zero == 3:
+        raise ConfigError(
+            f"engine.recompute.head_positions={engine.recompute.head_positions}: ZeRO 3 gathers its weights while "
+            "the model runs alone; set it to null, or layout.zero below 3"
+        )
     if engine.overlap_param_gather:
         raise ConfigError(
             "engine.overlap_param_gather=true: is of the megatron engine; set false (layout.zero=3 prefetches "

@@ -98,6 +98,9 @@ class RecomputeConfig:
     while it is trained."""
     tower_frames: int | None = None
     """Frames that go through the tower at a time; null: all of a microbatch's."""
+    head_positions: int | None = None
+    """Trained positions whose logits exist at a time, and are computed again in the backward pass; null: those of all
+    trained positions of a microbatch, kept."""
 
     def validate(self) -> None:
         """Raise ConfigError for the first field that cannot be."""
@@ -106,6 +109,8 @@ class RecomputeConfig:
                 raise ConfigError(f"recompute.{name}={getattr(self, name)!r}: legal values are {', '.join(RECOMPUTED)}")
         if self.tower_frames is not None and self.tower_frames < 1:
             raise ConfigError(f"recompute.tower_frames={self.tower_frames}: must be at least 1, or null for all")
+        if self.head_positions is not None and self.head_positions < 1:
+            raise ConfigError(f"recompute.head_positions={self.head_positions}: must be at least 1, or null for all")
 
 
 @dataclass

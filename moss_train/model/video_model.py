@@ -292,6 +292,9 @@ class VideoModel(nn.Module):
         x = x_TRH if places_K is None else x_TRH.flatten(0, 1).index_select(0, places_K)
         if not self.config.sequence_parallel and self.tensor_group.size() > 1:
             x = copy_to_tensor_model_parallel_region(x, group=self.tensor_group)
+        at_once = self.recompute.head_positions
+        if places_K is not None and at_once is not None and len(places_K) > at_once:
+            return Predictions(None, decisions_TR, places_K, x, lambda hidden: self.head(hidden)[0], at_once)
         return Predictions(self.head(x)[0], decisions_TR, places_K)
 
     def _own_tokens(self, x_TR1: torch.Tensor) -> torch.Tensor:

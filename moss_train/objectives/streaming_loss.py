@@ -117,18 +117,13 @@ class StreamingLoss:
             return values_RT.T.flatten()[places_K]
 
         totals = totals.to(batch.ids_RT.device)
-        # Only trained positions are lifted to float32: most positions are prompts and anchors. A vocabulary-parallel
-        # cross-entropy may work in place, as megatron's does: nothing needs these logits behind it.
-        logits_KV = predictions.at(places_K, rows).float()
         labels_K = at(batch.labels_RT)
         kinds_K = at(batch.kinds_RT).long()
         starts_K, silences_K = at(labels.starts_RT), at(labels.silences_RT)
         weights_K = self._balanced(at(self._weights(batch)), starts_K, silences_K, totals)
-        # What else is read of the logits is read before the cross-entropy.
-        choice = self._choice(logits_KV, labels_K)
-        contrasts = self._contrasts(logits_KV, at(batch.contrasts_RT))
-
-        ce_K = self._cross_entropy(logits_KV, labels_K)
+        contrasts_K = None if self.config.margin is None else at(batch.contrasts_RT)
+        ce_K, contrast_ce_P, *chosen = predictions.read(places_K, rows, partial(self._read, labels_K, contrasts_K))
+        choice = ChoiceLogits(*chosen) if chosen else None
         mass_K = weights_K * self._focal_factor(ce_K, starts_K | silences_K) * ce_K
         z = self._normaliser(totals).to(torch.float32)
         loss = mass_K.sum() / torch.where(z > 0, z, torch.ones_like(z))
@@ -139,8 +134,8 @@ class StreamingLoss:
             head_loss = part.detach().double()
             weight = self.config.decision_head_weight
             loss = loss + (1.0 if weight is None else weight) * part
-        if contrasts is not None:
-            part, margins = self._margin_loss(ce_K, *contrasts, totals)
+        if contrasts_K is not None:
+            part, margins = self._margin_loss(ce_K, contrasts_K, contrast_ce_P, totals)
             loss = loss + self.config.margin_weight * part
 
         with torch.no_grad():
@@ -210,25 +205,30 @@ class StreamingLoss:
             silences, starts = silence * silences, start * starts
         return totals[Total.WEIGHT_OTHERS] + silences + starts
 
-    def _choice(self, logits_KV: torch.Tensor, labels_K: torch.Tensor) -> ChoiceLogits | None:
-        if self.silence_id is None:
-            return None
-        return choice_logits(logits_KV.detach(), labels_K, self.silence_id, self.tensor_group)
-
-    def _contrasts(
-        self, logits_KV: torch.Tensor, contrasts_K: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Which of the K positions have a contrast, [P], and its cross-entropy there."""
-        if self.config.margin is None:
-            return None
-        places_P = (contrasts_K >= 0).nonzero()[:, 0]
-        return places_P, self._cross_entropy(logits_KV[places_P], contrasts_K[places_P].long())
+    def _read(
+        self, labels_K: torch.Tensor, contrasts_K: torch.Tensor | None, logits_kV: torch.Tensor, which: slice
+    ) -> tuple[torch.Tensor, ...]:
+        """All that is read of the logits of some of the K positions: cross-entropies of labels and of contrasts, and
+        what `ChoiceLogits` has, where silence is known."""
+        # A vocabulary-parallel cross-entropy may work in place, as megatron's does: it comes last.
+        logits_kV, labels_k = logits_kV.float(), labels_K[which]
+        chosen = (
+            ()
+            if self.silence_id is None
+            else choice_logits(logits_kV.detach(), labels_k, self.silence_id, self.tensor_group)
+        )
+        contrast_ce = logits_kV.new_zeros(0)
+        if contrasts_K is not None:
+            contrasts_k = contrasts_K[which]
+            places = (contrasts_k >= 0).nonzero()[:, 0]
+            contrast_ce = self._cross_entropy(logits_kV[places], contrasts_k[places].long())
+        return self._cross_entropy(logits_kV, labels_k), contrast_ce, *chosen
 
     def _margin_loss(
-        self, ce_K: torch.Tensor, places_P: torch.Tensor, contrast_ce_P: torch.Tensor, totals: torch.Tensor
+        self, ce_K: torch.Tensor, contrasts_K: torch.Tensor, contrast_ce_P: torch.Tensor, totals: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.config.margin is not None
-        ce_P = ce_K[places_P]
+        ce_P = ce_K[contrasts_K >= 0]
         short_P = shortfalls(ce_P, contrast_ce_P, self.config.margin)
         return short_P.sum() / totals[Total.CONTRASTS].clamp_min(1.0).float(), margin_sums(ce_P, contrast_ce_P, short_P)
 

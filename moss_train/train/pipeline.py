@@ -161,4 +161,6 @@ def _recompute(recompute: RecomputeConfig) -> str:
         parts.append("tower")
     if recompute.tower_frames is not None:
         parts.append(f"tower by {recompute.tower_frames} frames")
+    if recompute.head_positions is not None:
+        parts.append(f"head by {recompute.head_positions} positions")
     return ", ".join(parts) or "nothing"

@@ -62,10 +62,37 @@ def test_a_batch_without_labels_gives_zero_with_a_graph(build):
 def test_logits_that_were_not_asked_for_are_not_there(build):
     model, batch = build(), labelled_batch()
     predictions = model.predictions(batch, trained_only=True)
-    with pytest.raises(ValueError, match="positions only"):
+    with pytest.raises(ValueError, match="only trained positions"):
         predictions.logits_TRV  # noqa: B018
     with pytest.raises(ValueError, match="asked for"):
-        predictions.at(torch.arange(3), batch.rows)
+        predictions.read(torch.arange(3), batch.rows, lambda logits, which: (logits,))
+
+
+@pytest.mark.parametrize("config", [ObjectiveConfig(), ObjectiveConfig(focal_gamma=2.0, margin=0.5, margin_weight=0.3)])
+def test_logits_exist_for_a_few_positions_at_a_time(build, config):
+    """float32: the same loss, figures and gradients; no tensor has more rows of logits than asked for."""
+    batch = labelled_batch()
+    batch.contrasts_RT[batch.labels_RT == batch.labels_RT.max()] = 7
+    objective = StreamingLoss(config, silence_id=5, anchor_id=ANCHOR)
+    totals, results = objective.totals(batch), {}
+    for at_once in (None, 4):
+        model = build()
+        model.recompute.head_positions = at_once
+        rows: list[int] = []
+        model.head.register_forward_hook(lambda module, inputs, output, rows=rows: rows.append(len(output[0])))
+        output = objective(model.predictions(batch, trained_only=True), batch, totals)
+        results[at_once] = (output, gradients(model, output.loss), rows)
+    whole, few = results[None], results[4]
+    assert len(whole[2]) == 1 and max(few[2]) == 4
+    assert sum(few[2]) == 2 * whole[2][0]  # forwards, and again backwards
+    for name, value in vars(whole[0]).items():
+        torch.testing.assert_close(
+            getattr(few[0], name), value, atol=1e-6, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
+    for name, gradient in whole[1].items():
+        torch.testing.assert_close(
+            few[1][name], gradient, atol=1e-6, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def test_equal_frames_are_encoded_once(build):

@@ -199,7 +199,7 @@ def write_video(path: Path, frames_FHWC: np.ndarray, fps: float) -> None:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.gop_size = max(1, round(fps))
-        stream.options = {"crf": "18", "preset": "superfast"}
+        stream.options = {"qp": "18", "preset": "superfast"}
         stream.codec_context.thread_count = 1
         for frame_HWC in frames_FHWC:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
