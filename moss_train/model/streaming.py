@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from moss_train.model.frame_cache import FrameCache, FramePlan, KeepAll, KeepPolicy, KeepWindow
 from moss_train.model.layers import CrossLayer, LayerInputs
 from moss_train.model.parts import stage_of_chunk
-from moss_train.model.predictions import Predictions
 from moss_train.model.text_cache import TextCache, TextPlan
 from moss_train.parallel.groups import ParallelState, state
 from moss_train.streams.sight import Sight
@@ -199,7 +198,7 @@ class StreamState:
         )
         last_R = torch.from_numpy(np.maximum(lengths_R - 1, 0)).to(self.device) if only_last else None
         x_TRH = self._run(ids_RL, inputs)
-        logits_LRV, decisions_LR, _ = self._read_out(x_TRH, last_R, ids_RL.shape)
+        logits_LRV, decisions_LR = self._read_out(x_TRH, last_R, ids_RL.shape)
         self.decisions_RL = None if decisions_LR is None else decisions_LR[:asked].T
         self.text.tokens_R = self.text.tokens_R + lengths_R
         return logits_LRV[0] if only_last else logits_LRV[:asked].transpose(0, 1)
@@ -222,7 +221,9 @@ class StreamState:
                 dist.send(x_TRH.contiguous(), self._rank_of(number + 1), self._parallel.pipeline_group)
         return x_TRH if model.part.head else None
 
-    def _read_out(self, x_TRH: torch.Tensor | None, last_R: torch.Tensor | None, shape: torch.Size) -> Predictions:
+    def _read_out(
+        self, x_TRH: torch.Tensor | None, last_R: torch.Tensor | None, shape: torch.Size
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the heads say of all tokens, or of the last of each row as [1, R, …], on every process."""
         model, split = self.model, self.model.config.sequence_parallel
         rows, tokens = shape
@@ -235,15 +236,13 @@ class StreamState:
                 if split:
                     x_TRH = _gathered(x_TRH, 0, model.tensor_group)
                 x_TRH = x_TRH[last_R, torch.arange(rows, device=self.device)][None]
-            logits, decisions, _ = model.read_out(x_TRH)
-            logits = _gathered(logits, -1, model.tensor_group)
+            said = model.read_out(x_TRH)
+            logits, decisions = _gathered(said.logits_TRV, -1, model.tensor_group), said.decisions_TR
             if last_R is not None and split:
                 # With sequence parallelism the heads take a share of the tokens and join the shares.
                 logits, decisions = logits[:1], None if decisions is None else decisions[:1]
         stage = 0 if self._parallel is None else self._parallel.layout.last_stage
-        return Predictions(
-            self._from_stage(stage, logits), None if decisions is None else self._from_stage(stage, decisions)
-        )
+        return self._from_stage(stage, logits), None if decisions is None else self._from_stage(stage, decisions)
 
     def _own_tokens(self, x_TR1: torch.Tensor) -> torch.Tensor:
         if not self.model.config.sequence_parallel:
