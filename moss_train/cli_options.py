@@ -5,6 +5,7 @@ A field without default must be given. Values of text fields are taken as they s
 """
 
 import ast
+import dataclasses
 import difflib
 import inspect
 import textwrap
@@ -21,6 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 from moss_train.errors import ConfigError
 
 Options = TypeVar("Options")
+Settings = TypeVar("Settings")
+
+_OVERRIDES = "overrides"  #: in a field's metadata: the dataclass some of whose fields it overrides
 
 
 def parse_options(options_class: type[Options], arguments: Sequence[str]) -> Options:
@@ -60,6 +64,31 @@ def parse_options(options_class: type[Options], arguments: Sequence[str]) -> Opt
     return options  # type: ignore[return-value]
 
 
+def overrides_of(settings_class: type) -> Any:
+    """A field, to be annotated `dict[str, Any]`, that holds the fields of `settings_class` which were given. The verb
+    learns the settings that they override later, and applies them by `with_overrides`. Names are checked and described
+    like those of a nested dataclass."""
+    return dataclasses.field(default_factory=dict, metadata={_OVERRIDES: settings_class})
+
+
+def with_overrides(settings: Settings, given: dict[str, Any], name: str) -> Settings:
+    """A copy of the dataclass `settings` with the fields `given`; `name` is what they are called below.
+
+    Raises ConfigError for an unknown field and a value of the wrong type; `validate` is the caller's to call.
+    """
+    legal = [f"{name}.{field.name}" for field in fields(settings)]  # type: ignore[arg-type]
+    config = OmegaConf.structured(settings)
+    for key, value in given.items():
+        path = f"{name}.{key}"
+        if path not in legal:
+            raise ConfigError(unknown_name(path, path, legal))
+        try:
+            config[key] = value
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{path}={value}: {first_line(error)}") from error
+    return OmegaConf.to_object(config)  # type: ignore[return-value]
+
+
 def split_argument(argument: str) -> tuple[str, str]:
     """`key=value` as its two parts; ConfigError when it is not of this form."""
     key, separator, text = argument.partition("=")
@@ -81,7 +110,7 @@ def check_path(root: type, path: str) -> None:
             names = [field.name for field in fields(node)]
             if part not in names:
                 raise ConfigError(unknown_name(path, ".".join([*walked, part]), _legal(names, walked), root))
-            node = get_type_hints(node)[part]
+            node = _types(node)[part]
         elif get_origin(node) is dict:
             node = get_args(node)[1]
         elif node is Any or node is dict:
@@ -107,7 +136,7 @@ def unknown_name(given: str, wrong: str, legal: Iterable[str], root: type | None
 def all_paths(root: type, prefix: str = "") -> list[str]:
     """The dotted paths of every field below `root`; the free keys of dict fields stand as `*`."""
     paths: list[str] = []
-    hints = get_type_hints(root)
+    hints = _types(root)
     for field in fields(root):  # type: ignore[arg-type]
         path, node = prefix + field.name, _strip_optional(hints[field.name])
         if get_origin(node) is dict and is_dataclass(_strip_optional(get_args(node)[1])):
@@ -125,7 +154,7 @@ def type_at(root: type, path: str) -> Any:
     for part in path.split("."):
         node = _strip_optional(node)
         if is_dataclass(node):
-            node = get_type_hints(node)[part]
+            node = _types(node)[part]
         elif get_origin(node) is dict:
             node = get_args(node)[1]
         else:
@@ -150,12 +179,14 @@ def describe_options(options_class: type) -> str:
 
 def _option_rows(options_class: type, prefix: str = "") -> list[tuple[str, str, str]]:
     documentation = field_documentation(options_class)
-    hints = get_type_hints(options_class)
+    hints = _types(options_class)
     rows: list[tuple[str, str, str]] = []
     for field in fields(options_class):  # type: ignore[arg-type]
         node = _strip_optional(hints[field.name])
         text = documentation.get(field.name, "")
-        if is_dataclass(node):
+        if _OVERRIDES in field.metadata:
+            rows += [(path, "(the run's)", about) for path, _, about in _option_rows(node, f"{prefix}{field.name}.")]
+        elif is_dataclass(node):
             rows += _option_rows(node, f"{prefix}{field.name}.")  # type: ignore[arg-type]
         elif field.default is not MISSING:
             rows.append((prefix + field.name, _shown(field.default), text))
@@ -192,6 +223,12 @@ def field_documentation(options_class: type) -> dict[str, str]:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; OmegaConf and Hydra add context lines nobody needs."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _types(node: type) -> dict[str, Any]:
+    """The type of each field of a dataclass; of one of `overrides_of` the dataclass that it overrides."""
+    overriding = {field.name: field.metadata[_OVERRIDES] for field in fields(node) if _OVERRIDES in field.metadata}
+    return get_type_hints(node) | overriding
 
 
 def _legal(names: list[str], walked: list[str]) -> list[str]:

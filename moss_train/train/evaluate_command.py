@@ -4,11 +4,13 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moss_train.cli_options import overrides_of
 from moss_train.data.corpus import load_source
 from moss_train.errors import ConfigError
 from moss_train.evaluate.benchmarks import (
@@ -44,6 +46,7 @@ from moss_train.report.stream_view import stream_views
 from moss_train.streams.config import CompilerConfig
 from moss_train.streams.tokenizer import StreamTokenizer
 from moss_train.train.config import RunConfig
+from moss_train.train.given_settings import check_decode, decode_settings, evaluation_settings, told
 from moss_train.train.restore import load_model, stage_of
 from moss_train.train.stream_command import system_of
 
@@ -77,14 +80,14 @@ class EvaluateOptions:
     """Folder for `report.json`, `transcripts.jsonl`, `answers.jsonl` and `report.html`; null writes nothing."""
     pictures: int = 12
     """Clips whose timeline is drawn into the HTML report."""
-    settings: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """Batch, tolerances and limit."""
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
-    """How replies are read from predictions."""
+    settings: dict[str, Any] = overrides_of(EvaluationConfig)
+    """Batch, tolerances and limit, where they are to differ from the run's `evaluate.settings`."""
+    decode: dict[str, Any] = overrides_of(DecodeConfig)
+    """How replies are read from predictions, where it is to differ from the run's `evaluate.decode`."""
 
     def validate(self) -> None:
-        self.settings.validate()
-        self.decode.validate()
+        evaluation_settings(EvaluationConfig(), self.settings)
+        check_decode(self.decode)
         if self.judge is not None:
             check_judge(self.judge)
         for name in ("pictures", "invariance"):
@@ -161,6 +164,11 @@ class _Evaluation:
     ):
         self.options, self._model, self._tokenizer, self._run = options, model, tokenizer, run
         self._compiler, self._console = compiler, console
+        self.settings = evaluation_settings(run.evaluate.settings, options.settings)
+        self.decode = decode_settings(run.evaluate.decode, options.decode)
+        for name, applied in (("settings", self.settings), ("decode", self.decode)):
+            line = told(name, applied, getattr(options, name))
+            console.print(line, style="dim", markup=False, soft_wrap=True)
         self.judge = load_judge(options.judge or run.evaluate.judge)
         self._image_size = run.model.vision.image_size
 
@@ -202,13 +210,11 @@ class _Evaluation:
         return self.judge.same_answer(answer.said, answer.reference)
 
     def _streams(self, corpus: Corpus, source: str) -> _Found:
-        settings = self.options.settings
+        settings = self.settings
         cache = FrameCache(corpus, settings.cache_mb)
         prepared = prepare_streams(corpus, self._tokenizer, self._compiler, settings.limit, cache)
         with _progress(self._console, "streams") as progress:
-            run = run_streams(
-                self._model, prepared, self._tokenizer, settings, self.options.decode, on_progress=progress
-            )
+            run = run_streams(self._model, prepared, self._tokenizer, settings, self.decode, on_progress=progress)
         result = result_of(prepared, [run], self.judge, settings)
         figures = dict(result.figures)
         if self.options.invariance:
@@ -216,7 +222,7 @@ class _Evaluation:
         return _Found(figures, result.teacher_forced, result, prepared, [], result.skipped, source)
 
     def _answer(self, found: _Found, corpus: Corpus, compiler: CompilerConfig) -> None:
-        settings = self.options.settings
+        settings = self.settings
         prepared = prepare_conversations(corpus, self._tokenizer, compiler, settings.limit)
         with _progress(self._console, "questions") as progress:
             run = run_conversations(self._model, prepared, self._tokenizer, settings, on_progress=progress)
@@ -256,7 +262,10 @@ def _write(out: Path, found: _Found, evaluation: _Evaluation, facts: dict[str, s
             lambda key: found.streams.frames_of(key).numpy(),
             evaluation.judge,
             evaluation.options.pictures,
-            evaluation.options.settings.window_frames,
+            evaluation.settings.window_frames,
         )
-        facts = facts | {"streams": found.source}
+        facts = facts | {
+            "streams": found.source,
+            "decode": told("decode", evaluation.decode, evaluation.options.decode),
+        }
         write_html(out / "report.html", report, _NOTHING_ASKED, streams=views, facts=facts)

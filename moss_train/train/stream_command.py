@@ -8,12 +8,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.text import Text
 
+from moss_train.cli_options import overrides_of
 from moss_train.data.corpus import load_source
 from moss_train.data.decoding.decode import decode_frames
 from moss_train.data.decoding.probe import probe_media
@@ -32,6 +34,7 @@ from moss_train.report.captions import at_rate, caption_clip, check_save, write_
 from moss_train.streams.config import CompilerConfig
 from moss_train.streams.schema import StreamSample
 from moss_train.streams.tokenizer import StreamTokenizer
+from moss_train.train.given_settings import check_decode, decode_settings, told
 from moss_train.train.restore import load_model, stage_of
 
 _QUESTION_STARTS = re.compile(r"(?:^|;)\s*(\d+(?:\.\d+)?)\s*:")
@@ -71,13 +74,13 @@ class StreamOptions:
     """Tokens that a token sees and the cache keeps; null: as in training, 0: all."""
     text_sinks: int | None = None
     """First tokens that stay beside the text window; null: as in training."""
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
-    """How replies are read from predictions."""
+    decode: dict[str, Any] = overrides_of(DecodeConfig)
+    """How replies are read from predictions, where it is to differ from the run's `evaluate.decode`."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """How tokens are drawn; the default takes the most probable one."""
 
     def validate(self) -> None:
-        self.decode.validate()
+        check_decode(self.decode)
         self.generation.validate()
         for name, holds, remedy in (
             ("speed", self.speed >= 0, "must not be negative; 0 is as fast as possible"),
@@ -125,7 +128,9 @@ def stream_command(options: StreamOptions) -> int:
     compiler = served_compiler(options, run.stages[stage_of(options.ckpt)].compiler)
     system = options.system if options.system is not None else system_of(run.evaluate.source)
     console = Console(highlight=False)
-    player = _Player(options, model, tokenizer, compiler, system, console)
+    decode = decode_settings(run.evaluate.decode, options.decode)
+    console.print(Text(told("decode", decode, options.decode), "dim"), soft_wrap=True)
+    player = _Player(options, model, tokenizer, compiler, decode, system, console)
     if is_endless(options.video):
         player.endless()
     else:
@@ -176,11 +181,12 @@ class _Player:
         model: VideoModel,
         tokenizer: StreamTokenizer,
         compiler: CompilerConfig,
+        decode: DecodeConfig,
         system: str | None,
         console: Console,
     ):
         self._options, self._model, self._tokenizer = options, model, tokenizer
-        self._compiler, self._system, self._console = compiler, system, console
+        self._compiler, self._decode, self._system, self._console = compiler, decode, system, console
         self._printer = LivePrinter(console, tokenizer)
         self.fps = options.fps or compiler.fps
 
@@ -199,7 +205,7 @@ class _Player:
             steps, outputs, token_times_s = result.as_heard()
         else:
             result = play(
-                self._model, self._tokenizer, compiler, schedule, frames_FCHW, 0.0, options.decode, self._printer,
+                self._model, self._tokenizer, compiler, schedule, frames_FCHW, 0.0, self._decode, self._printer,
                 choose=Sampler(options.generation),
             )  # fmt: skip
             steps, outputs, token_times_s = schedule.steps, result.outputs, None
@@ -220,9 +226,9 @@ class _Player:
     def _session(self) -> LiveSession:
         options = self._options
         in_a_slot = int(self._compiler.tokens_per_second / self.fps) + 1
-        config = LiveConfig(slot_tokens=max(options.decode.last_slot_tokens, 2 * in_a_slot))
+        config = LiveConfig(slot_tokens=max(self._decode.last_slot_tokens, 2 * in_a_slot))
         return LiveSession(
-            self._model, self._tokenizer, self._compiler, self._system, config, options.decode, options.generation,
+            self._model, self._tokenizer, self._compiler, self._system, config, self._decode, options.generation,
             speed=options.speed,
         )  # fmt: skip
 

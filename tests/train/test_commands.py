@@ -1,12 +1,18 @@
 """The options of `eval` and `stream`, and what they say of missing files."""
 
+from contextlib import suppress
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 
 from moss_train.cli_options import field_documentation, parse_options
 from moss_train.errors import CheckpointError, ConfigError
+from moss_train.evaluate.config import DecodeConfig
 from moss_train.streams.config import CompilerConfig
+from moss_train.train import evaluate_command as evaluating
+from moss_train.train import stream_command as streaming
+from moss_train.train.config import RunConfig, StageConfig
 from moss_train.train.evaluate_command import EvaluateOptions, evaluate_command
 from moss_train.train.stream_command import StreamOptions, served_compiler, stream_command, system_of
 
@@ -28,7 +34,9 @@ def test_questions_on_the_way():
         ("fps=0", "fps=0"),
         ("max_seconds=0", "max_seconds"),
         ("save=out.avi", "save=out.avi"),
-        ("decode.speak_threshold=2", "speak_threshold"),
+        ("decode.speak_threshold=2", "decode.speak_threshold=2"),
+        ("decode.think_tokens=many", "decode.think_tokens=many"),
+        ("decode.speak_treshold=0.2", "did you mean decode.speak_threshold"),
         ("generation.top_p=0", "top_p"),
     ],
 )
@@ -52,6 +60,68 @@ def test_windows_are_those_of_training_unless_the_options_say_otherwise():
         served("window=0", "sinks=1")
     with pytest.raises(ConfigError, match="a camera or a URL is played in time"):
         parse_options(StreamOptions, ["ckpt=c", "video=rtsp://host/a", "speed=0"])
+
+
+class _Handed(Exception):
+    """Stands in for what would be done with the settings."""
+
+
+@pytest.fixture
+def decoded(monkeypatch, tmp_path):
+    """Calls a verb with arguments on a run with `evaluate.decode` of its own; gives the settings it decodes with."""
+
+    def call(verb: str, trained: DecodeConfig, *arguments: str) -> DecodeConfig:
+        run = RunConfig(stages={"realtime": StageConfig()})
+        run.evaluate.decode, run.evaluate.settings.window_frames = trained, 5
+        handed = []
+
+        def hand_over(*positional, **_):
+            handed.extend(value for value in positional if isinstance(value, DecodeConfig))
+            raise _Handed
+
+        for module in (evaluating, streaming):
+            monkeypatch.setattr(module, "load_model", lambda path: (None, None, run))
+            monkeypatch.setattr(module, "stage_of", lambda path: "realtime")
+        for name in ("load_source", "FrameCache", "prepare_streams"):
+            monkeypatch.setattr(evaluating, name, lambda *_: None)
+        monkeypatch.setattr(evaluating, "run_streams", hand_over)
+        clip = SimpleNamespace(name="clip", duration_s=1.0, frames_at=lambda times_s: None)
+        monkeypatch.setattr(streaming, "read_clip", lambda *_: clip)
+        monkeypatch.setattr(streaming, "live_schedule", lambda *_: (None, []))
+        monkeypatch.setattr(streaming, "play", hand_over)
+        with suppress(_Handed):
+            if verb == "eval":
+                evaluate_command(parse_options(EvaluateOptions, ["ckpt=c", "data=d", *arguments]))
+            else:
+                stream_command(parse_options(StreamOptions, ["ckpt=c", f"video={tmp_path}", "speed=0", *arguments]))
+        (found,) = handed
+        return found
+
+    return call
+
+
+@pytest.mark.parametrize("verb", ["eval", "stream"])
+def test_replies_are_read_as_the_run_reads_them_unless_the_options_say_otherwise(verb, decoded, capsys):
+    trained = DecodeConfig(speak_threshold=0.3, think_tokens=8)
+    assert decoded(verb, trained) == trained
+    assert "speak_threshold=0.3" in capsys.readouterr().out
+    assert decoded(verb, trained, "decode.speak_threshold=0.6") == replace(trained, speak_threshold=0.6)
+    assert "given: decode.speak_threshold" in capsys.readouterr().out
+    # Null is a setting, not the absence of one.
+    assert decoded(verb, trained, "decode.speak_threshold=null") == replace(trained, speak_threshold=None)
+    assert decoded(verb, trained, "decode.last_slot_tokens=3") == replace(trained, last_slot_tokens=3)
+    # The threshold that the other way reads does not stand in its way.
+    by_head = DecodeConfig(decide_by="head", head_threshold=0.2)
+    assert decoded(verb, trained, "decode.decide_by=head") == DecodeConfig(decide_by="head", think_tokens=8)
+    assert decoded(verb, by_head, "decode.head_threshold=0.4") == replace(by_head, head_threshold=0.4)
+    with pytest.raises(ConfigError, match=r"decode.speak_threshold=0\.4: it is for decode.decide_by=tokens"):
+        decoded(verb, by_head, "decode.speak_threshold=0.4")
+
+
+def test_figures_are_taken_with_the_runs_tolerances(decoded, capsys):
+    decoded("eval", DecodeConfig(), "settings.limit=3")
+    shown = capsys.readouterr().out
+    assert "window_frames=5" in shown and "limit=3" in shown and "given: settings.limit" in shown
 
 
 def test_missing_files_are_clear_errors(tmp_path):

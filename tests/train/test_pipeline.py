@@ -16,7 +16,6 @@ from moss_train.checkpoint.store import latest, load_checkpoint
 from moss_train.data.synthetic.render import write_video
 from moss_train.engines.megatron import MegatronEngine
 from moss_train.errors import CheckpointError, ConfigError, DataError
-from moss_train.evaluate.config import EvaluationConfig
 from moss_train.streams.config import TokenizerConfig
 from moss_train.streams.tokenizer import StreamTokenizer, load_tokenizer
 from moss_train.train.compose import compose_run, load_run, resolved_dict
@@ -261,7 +260,7 @@ def test_a_finished_run_is_reported_on_and_evaluated(small, copy, tmp_path, caps
     assert figures["teacher_forced.lm_ppl"] > 1 and figures["n_streams"] == 5
 
     out = tmp_path / "evaluation"
-    limited = EvaluationConfig(limit=2, answer_tokens=4)
+    limited = {"limit": 2, "answer_tokens": 4}
     options = EvaluateOptions(ckpt=str(copy), out=str(out), invariance=1, pictures=1, settings=limited)
     assert evaluate_command(options) == 0
     shown = capsys.readouterr().out
