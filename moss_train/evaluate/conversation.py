@@ -13,8 +13,9 @@ The clock is the caller's, so the same rules hold live and in a test. What happe
   event comes; the silence is fed with it. A pause is not an end.
 
 With `blocked` frames that arrive while a reply goes on are held back until it is over, and are then read in one step.
-When a prompt cuts the reply they are read before it, and nothing is decided on them. A think unit may come first where
-the model decides; its tokens are fed and not put out.
+When a prompt cuts the reply they are read before it, and nothing is decided on them. Where more than `held_frames` are
+held, the oldest is dropped and counted. A think unit may come first where the model decides; its tokens are fed and not
+put out.
 
 The first token after an event is due at once, a later one when the rate of speech allows it; one that is not due when
 an event comes is never said, the model decides anew. When every event has a tick of its own and ticks come when tokens
@@ -70,14 +71,17 @@ class Conversation:
         slot_tokens: int,
         silence_after_prompt: bool = False,
         blocked: bool = False,
+        held_frames: int | None = None,
     ):
         """`decoder` has one row. `tokens_per_second`: rate of speech, None: as fast as asked. `reply_tokens`: a reply
         is closed by silence after so many, `slot_tokens`: after so many since the latest event.
         `silence_after_prompt`: a prompt is answered at the next frame at the earliest. `blocked`: nothing is seen
-        during a reply (`compiler.perceive`)."""
+        during a reply (`compiler.perceive`), and at most `held_frames` frames wait for its end, None: any number."""
         self._decoder, self._tokenizer = decoder, tokenizer
         self._rate, self._reply_tokens, self._slot_tokens_most = tokens_per_second, reply_tokens, slot_tokens
         self._silence_after_prompt, self._blocked = silence_after_prompt, blocked
+        self._held_most = held_frames
+        self.held_dropped = 0  #: frames that waited for the end of a reply and were never read
         self._silence = tokenizer.special.silence
         self._next: int | None = None  #: predicted and not said yet
         self._running = False  #: a reply goes on
@@ -109,7 +113,8 @@ class Conversation:
         out: list[Said] = []
         self._now_s, frames = now_s, sorted(frames, key=lambda frame: frame.time_s)
         if self._blocked and self._next is not None and not prompts:
-            self._held, frames = [*self._held, *frames], []
+            self._hold(frames)
+            frames = []
         due_s = self.due_s
         # A hair of tolerance, as where the compiler places tokens (`streams/timeline.py`).
         is_due = due_s is not None and due_s <= now_s + 1e-6 / (self._rate or 1.0)
@@ -135,6 +140,13 @@ class Conversation:
         else:
             self._next = token
         return out
+
+    def _hold(self, frames: Sequence[ArrivedFrame]) -> None:
+        self._held += frames
+        if self._held_most is not None:
+            excess = max(0, len(self._held) - self._held_most)
+            del self._held[:excess]
+            self.held_dropped += excess
 
     def _say(self, now_s: float) -> Said:
         token, starts = self._next, not self._running

@@ -35,6 +35,9 @@ class LiveFigures:
     def __init__(self) -> None:
         self.frames = 0  #: handed over
         self.dropped = 0  #: of these, never seen: others came faster than they could be taken
+        self.held_dropped = (
+            0  #: never seen either: they waited for the end of a reply, and others after them (`blocked`)
+        )
         self.seen = 0  #: whose anchor was fed
         self.prompts = self.tokens = self.replies = self.silences = 0
         self.encode_s = _Times()  #: scaling and encoding of a frame
@@ -56,7 +59,6 @@ class LiveFigures:
         self.step_s.add(step_s)
         for came_s in frames_s:
             self.lag_s.add(max(0.0, done_s - came_s))
-        self.seen += len(frames_s)
         self.prompts += len(prompts_s)
         self._event_s = max([*prompts_s, *frames_s])
         if prompts_s:
@@ -76,10 +78,12 @@ class LiveFigures:
             self._token_s = now_s
         elif said.kind == "silence":
             self.silences += 1
+        elif said.kind == "frame":
+            self.seen += 1
 
     def to_json(self) -> dict[str, float]:
         """All of it; seconds."""
-        counts = ("frames", "dropped", "seen", "prompts", "tokens", "replies", "silences")
+        counts = ("frames", "dropped", "held_dropped", "seen", "prompts", "tokens", "replies", "silences")
         times = ("encode_s", "step_s", "lag_s", "first_token_s", "answer_s", "between_tokens_s")
         flat: dict[str, float] = {name: getattr(self, name) for name in counts}
         for name in times:
@@ -104,4 +108,8 @@ class LiveFigures:
             parts.append(f"{1e3 * self.between_tokens_s.percentile(0.5):.0f} ms between tokens")
         if self.dropped:
             parts.append(f"{self.dropped} frames were dropped, since others came faster than they could be seen")
+        if self.held_dropped:
+            parts.append(
+                f"{self.held_dropped} frames were dropped that had waited for the end of a reply (held_frames)"
+            )
         return "; ".join(parts)

@@ -56,6 +56,9 @@ class LiveConfig:
     waiting_frames: int = 16
     """Frames that may wait to be seen; when one more comes, the oldest is dropped and counted. Those being encoded, and
     the encoded ones, may be as many again."""
+    held_frames: int = 256
+    """`compiler.perceive=blocked` alone: encoded frames that may wait for the end of a reply; when one more comes, the
+    oldest is dropped and counted. Each takes as much memory as its features."""
     waiting_prompts: int = 64
     """Prompts that may wait; one more is refused with `queue.Full`."""
     waiting_tokens: int = 4096
@@ -69,6 +72,7 @@ class LiveConfig:
             ("reply_tokens", 1),
             ("slot_tokens", 1),
             ("waiting_frames", 1),
+            ("held_frames", 1),
             ("waiting_prompts", 1),
             ("waiting_tokens", 0),
         ):
@@ -130,6 +134,7 @@ class LiveSession:
             self.config.slot_tokens,
             self.config.silence_after_prompt,
             blocked=compiler.perceive == "blocked",
+            held_frames=self.config.held_frames,
         )
         self._rate = rate
         self._size = model.sizes.vision.image_size if image_size is None else image_size
@@ -280,6 +285,7 @@ class LiveSession:
         self._logical_s = now_s
         started_s = time.perf_counter()
         out = self._conversation.tick(now_s, [p.content for p in prompts], [f.content for f in frames])
+        self.figures.held_dropped = self._conversation.held_dropped
         if prompts or frames:
             self.figures.read(
                 now_s + time.perf_counter() - started_s,

@@ -105,6 +105,27 @@ def test_a_frame_in_a_reply_is_seen_by_its_later_tokens():
     assert kinds == ["turn", "token", "token", "frame", *["token"] * 4, "silence"], "closed after reply_tokens"
 
 
+def test_frames_that_wait_for_the_end_of_a_reply_are_bounded():
+    compiler = CompilerConfig(tokens_per_second=4.0, perceive="blocked")
+    _, compiled = world_stream(TOKENIZER, compiler, 1, "silent")
+    scripted = ScriptedModel([compiled], TOKENIZER, off_script=True)  # babbles
+    session = logical(scripted, compiler, LiveConfig(reply_tokens=6, slot_tokens=6, held_frames=3))
+    session.ask("Go on.")
+    session.advance(0.0)
+    for number in range(1, 9):
+        session.frame(picture(number), number / 10)
+        session.advance(number / 10)
+    assert session.figures.seen == 0, "the reply still goes on"
+    session.advance(1.5)
+    shown = [said.time_s for said in fetched(session) if said.kind == "frame"]
+    assert shown == [0.6, 0.7, 0.8], "the latest stay"
+    figures = session.figures.to_json()
+    assert (figures["frames"], figures["held_dropped"], figures["dropped"], figures["seen"]) == (8, 5, 0, 3)
+    assert "5 frames were dropped that had waited for the end of a reply" in session.figures.summary()
+    with pytest.raises(ConfigError, match="live.held_frames=0: must be at least 1"):
+        LiveConfig(held_frames=0).validate()
+
+
 def test_prompts_interrupt_and_caches_stay(model):
     compiler = CompilerConfig(tokens_per_second=4.0)
     _, compiled = world_stream(TOKENIZER, compiler, 1, "silent")
