@@ -4,6 +4,7 @@ Every backend answers the same two calls, so layers do not know which one runs. 
 N frames held, P vision tokens of a frame, A query heads, B key/value heads, D head width; AD = heads and width joined.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -13,7 +14,7 @@ from moss_train.model.flash import PackedStreams, packed_causal_attention
 from moss_train.model.frame_parallel import frame_parallel_attention, frames_of
 from moss_train.model.recompute import touch
 from moss_train.model.text_window import WindowPlan
-from moss_train.model.visibility import AttentionPlan
+from moss_train.model.visibility import AttentionPlan, Group
 
 
 class AttentionBackend(Protocol):
@@ -77,6 +78,11 @@ def _collect(results: list[torch.Tensor], plan: AttentionPlan | WindowPlan, toke
     return joined.index_select(0, plan.result_of_token).view(tokens, rows, width)
 
 
+def _attend_whole(flat: Sequence[torch.Tensor], groups: Sequence[Group]) -> list[torch.Tensor]:
+    """Causal attention inside the streams of each group; `flat` are queries, keys and values, token by token."""
+    return [_attend(*(_take(x, group.queries_GL) for x in flat), causal=True) for group in groups]
+
+
 class SegmentAttention:
     """Unmasked attention call by call over groups of runs: the default without a fused kernel.
 
@@ -103,11 +109,11 @@ class SegmentAttention:
     def self_attention(self, layer, q_TRAD, k_TRBD, v_TRBD):
         tokens, rows = q_TRAD.shape[:2]
         if self.windows is not None:
-            q, k, v = (x.flatten(0, 1) for x in (q_TRAD, k_TRBD, v_TRBD))
-            results = [
-                _attend(_take(q, group.queries_GL), *(_take(x, group.keys_GK) for x in (k, v)), group.mask_GLK[:, None])
-                for group in self.windows.groups
-            ]
+            flat = [x.flatten(0, 1) for x in (q_TRAD, k_TRBD, v_TRBD)]
+            results = _attend_whole(flat, self.windows.whole)
+            for group in self.windows.groups:
+                seen = [_take(x, group.keys_GK) for x in flat[1:]]
+                results.append(_attend(_take(flat[0], group.queries_GL), *seen, group.mask_GLK[:, None]))
             return _collect(results, self.windows, tokens, rows, q_TRAD)
         if self.streams is not None:
             return packed_causal_attention(q_TRAD, k_TRBD, v_TRBD, self.streams)
@@ -115,8 +121,7 @@ class SegmentAttention:
             mixed = _attend(*(x.transpose(0, 1) for x in (q_TRAD, k_TRBD, v_TRBD)), causal=True)
             return mixed.transpose(0, 1).reshape(tokens, rows, -1)
         flat = [x.flatten(0, 1) for x in (q_TRAD, k_TRBD, v_TRBD)]
-        results = [_attend(*(_take(x, group.queries_GL) for x in flat), causal=True) for group in self.self_plan.groups]
-        return _collect(results, self.self_plan, tokens, rows, q_TRAD)
+        return _collect(_attend_whole(flat, self.self_plan.groups), self.self_plan, tokens, rows, q_TRAD)
 
     def cross_attention(self, layer, q_TRAD, k_NPBD, v_NPBD):
         tokens, rows = q_TRAD.shape[:2]

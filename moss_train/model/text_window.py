@@ -1,8 +1,10 @@
 """Self-attention in which a token sees the latest tokens of its stream, and its first ones, alone.
 
 Streams are cut into chunks of queries; a chunk's keys are the tokens that any of its queries may see, so the work grows
-with the window and not with the stream. The mask inside a chunk is exact for any ranges. Plans are made once per batch
-on the CPU and shared by all layers.
+with the window and not with the stream. The mask inside a chunk is exact for any ranges. A stream whose tokens all see
+all earlier ones, packed beside others that do not, is attended whole, without a mask and without copies of its keys:
+its chunks would take memory by the square of its length. Plans are made once per batch on the CPU and shared by all
+layers.
 
 Shape suffixes: R rows, T tokens of a row, G chunks in a group, L queries of a chunk, K keys of the group's chunk with
 most keys.
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 
 from moss_train.data.batch import Batch
+from moss_train.model.visibility import Group, stack_runs
 
 #: queries of one chunk; keys beyond the window that a chunk attends to in vain are at most as many
 CHUNK = 128
@@ -30,8 +33,10 @@ class WindowGroup:
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """Groups, and where each token finds its result among the concatenated results; `results` stands for padding."""
+    """Groups, and where each token finds its result among the concatenated results, those of whole streams before those
+    of chunks; `results` stands for padding."""
 
+    whole: tuple[Group, ...]  #: streams without a window, causal
     groups: tuple[WindowGroup, ...]
     result_of_token: torch.Tensor  #: int64 [T * R]
     results: int
@@ -39,10 +44,15 @@ class WindowPlan:
 
 def has_text_windows(batch: Batch) -> bool:
     """Whether any token sees less than all earlier tokens of its stream."""
+    return bool(_narrow(batch).any())
+
+
+def _narrow(batch: Batch) -> np.ndarray:
+    """bool [R, T]: tokens that see less than all earlier ones of their stream."""
     segments_RT = batch.segments_RT.cpu().numpy()
-    member_RT = segments_RT >= 0
-    lo_RT, _, sink_hi_RT = _text_ranges(batch)
-    return bool((member_RT & (lo_RT > np.maximum(sink_hi_RT, _stream_starts(segments_RT)))).any())
+    starts_RT = _stream_starts(segments_RT)
+    lo_RT, sink_lo_RT, sink_hi_RT = _text_ranges(batch)
+    return (segments_RT >= 0) & (lo_RT > starts_RT) & ((sink_lo_RT > starts_RT) | (sink_hi_RT < lo_RT))
 
 
 def _stream_starts(segments_RT: np.ndarray) -> np.ndarray:
@@ -60,16 +70,22 @@ def _text_ranges(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def plan_windows(batch: Batch, device: torch.device) -> WindowPlan:
-    """The chunks of all streams of the batch, stacked by how many keys they have (padding at most doubles them)."""
+    """The chunks of all streams under a window, stacked by how many keys they have (padding at most doubles them), and
+    the streams without one, stacked by their length."""
     segments_RT = batch.segments_RT.cpu().numpy()
     rows, tokens = segments_RT.shape
     lo_RT, sink_lo_RT, sink_hi_RT = _text_ranges(batch)
     starts_RT = _stream_starts(segments_RT)
+    narrow_RT = _narrow(batch)
     chunks = []  # (row, queries, keys)
+    whole = []  # (row, first token, length)
     for row in range(rows):
         firsts = np.flatnonzero((starts_RT[row] == np.arange(tokens)) & (segments_RT[row] >= 0))
         for first in firsts:
             end = first + int((segments_RT[row, first:] == segments_RT[row, first]).argmin() or tokens - first)
+            if not narrow_RT[row, first:end].any():
+                whole.append((row, first, end - first))
+                continue
             for begin in range(first, end, CHUNK):
                 queries = np.arange(begin, min(begin + CHUNK, end))
                 lo = int(lo_RT[row, queries].min())
@@ -78,8 +94,10 @@ def plan_windows(batch: Batch, device: torch.device) -> WindowPlan:
     by_size: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}
     for chunk in chunks:
         by_size.setdefault(int(len(chunk[2]) - 1).bit_length(), []).append(chunk)
-    result_of_token = np.full(tokens * rows, -1, dtype=np.int64)
-    groups, results = [], 0
+    whole_plan = stack_runs(rows, tokens, *np.array(whole, dtype=np.int64).reshape(-1, 3).T, None, device)
+    result_of_token, results = whole_plan.result_of_token.cpu().numpy().copy(), whole_plan.results
+    result_of_token[result_of_token == results] = -1
+    groups = []
     for members in by_size.values():
         longest = max(len(queries) for _, queries, _ in members)
         width = max(len(keys) for _, _, keys in members)
@@ -98,4 +116,4 @@ def plan_windows(batch: Batch, device: torch.device) -> WindowPlan:
         results += len(members) * longest
         groups.append(WindowGroup(*(torch.from_numpy(x).to(device) for x in (queries_GL, keys_GK, mask_GLK))))
     result_of_token[result_of_token < 0] = results
-    return WindowPlan(tuple(groups), torch.from_numpy(result_of_token).to(device), results)
+    return WindowPlan(whole_plan.groups, tuple(groups), torch.from_numpy(result_of_token).to(device), results)

@@ -56,7 +56,7 @@ def _changes(*arrays_RT: np.ndarray) -> np.ndarray:
     return changed
 
 
-def _build(
+def stack_runs(
     rows: int,
     tokens: int,
     row: np.ndarray,
@@ -100,7 +100,7 @@ def plan_self_attention(batch: Batch, device: torch.device) -> AttentionPlan | N
         return None
     member = segments_RT >= 0
     row, first, length = _runs(_changes(segments_RT), member)
-    return _build(*segments_RT.shape, row, first, length, None, device)
+    return stack_runs(*segments_RT.shape, row, first, length, None, device)
 
 
 def visible_ranges(batch: Batch, reference_compat: bool) -> tuple[np.ndarray, ...]:
@@ -143,7 +143,7 @@ def plan_cross_attention(
             kept.append(run)
             frames.append(places)
     rows, tokens = lo.shape
-    return _build(rows, tokens, row[kept], first[kept], length[kept], frames, device)
+    return stack_runs(rows, tokens, row[kept], first[kept], length[kept], frames, device)
 
 
 def _frame_places(batch: Batch, held: tuple[int, int] | None) -> np.ndarray:

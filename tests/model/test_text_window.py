@@ -1,6 +1,7 @@
 """Text windows, sinks and the two axes of positions: backends agree, nothing leaks, streaming equals training."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import torch
 from model_cases import pack, stream
 
 from moss_train.data.batch import Batch
+from moss_train.engines.memory import measure_step
 from moss_train.model import text_window
+from moss_train.model.attention import SegmentAttention
 from moss_train.streams.sight import Sight
 
 WINDOWS = [(1, 0), (3, 0), (4, 2), (50, 3)]
@@ -31,11 +34,14 @@ def streams_of(batch: Batch):
             yield row, first, first + segments.count(segment)
 
 
-def windowed(batch: Batch, window: int, sinks: int, positions: str = "shared") -> Batch:
-    """Every stream of the batch under a text window; frames stay as visible as they are."""
+def windowed(batch: Batch, window: int, sinks: int, positions: str = "shared", but: tuple[int, ...] = ()) -> Batch:
+    """Every stream of the batch under a text window, `but` those of these numbers; frames stay as visible as they
+    are."""
     batch = replace(batch, **{name: getattr(batch, name).clone() for name in vars(batch) if name.endswith("_RT")})
     frame_positions_RF = batch.frame_positions_RF.clone()
-    for row, first, end in streams_of(batch):
+    for number, (row, first, end) in enumerate(streams_of(batch)):
+        if number in but:
+            continue
         anchors = batch.ids_RT[row, first:end].numpy() == batch.ids_RT.max().item()
         hi = batch.visible_hi_RT[row, first:end].numpy()
         first_frame = int(hi[0] - anchors[0])
@@ -51,12 +57,15 @@ def windowed(batch: Batch, window: int, sinks: int, positions: str = "shared") -
     return replace(batch, frame_positions_RF=frame_positions_RF)
 
 
+@pytest.mark.parametrize("but", [(), (0, 3)])
 @pytest.mark.parametrize("positions", ["shared", "decoupled"])
 @pytest.mark.parametrize("window, sinks", WINDOWS)
-def test_chunks_equal_a_dense_mask(build, monkeypatch, window, sinks, positions):
-    """float64; logits 1e-10 and every gradient 1e-8 of the two backends, with chunks shorter than a stream."""
+def test_chunks_equal_a_dense_mask(build, monkeypatch, window, sinks, positions, but):
+    """float64; logits 1e-10 and every gradient 1e-8 of the two backends, with chunks shorter than a stream, and
+    streams without a window among the others."""
     monkeypatch.setattr(text_window, "CHUNK", 3)
-    batch = windowed(pack(rows_of_streams(0), padding=3), window, sinks, positions)
+    batch = windowed(pack(rows_of_streams(0), padding=3), window, sinks, positions, but)
+    assert len(text_window.plan_windows(batch, torch.device("cpu")).whole) >= bool(but)
     real = (batch.segments_RT >= 0).T
     results = {}
     for attention in ("segments", "dense"):
@@ -99,6 +108,27 @@ def test_a_window_that_holds_everything_changes_nothing(build):
     model = build()
     with torch.inference_mode():
         assert torch.equal(model(batch), model(narrow))
+
+
+def test_memory_grows_with_the_length_of_a_stream_without_a_window_and_not_its_square():
+    """A long stream without a window beside one with: plan and attention take at most 2.5 times as much when both are
+    twice as long."""
+
+    def taken(tokens: int) -> tuple[int, int]:
+        none_RT = torch.zeros(2, tokens, dtype=torch.int32)
+        lo_RT = none_RT.clone()
+        lo_RT[1] = (torch.arange(tokens) - 127).clamp(min=0)
+        ranges = {"text_lo_RT": lo_RT, "text_sink_lo_RT": none_RT, "text_sink_hi_RT": none_RT}
+        batch = SimpleNamespace(segments_RT=none_RT, **ranges)
+        plan = text_window.plan_windows(batch, torch.device("cpu"))
+        q_TRAD, k_TRBD = torch.randn(tokens, 2, 2, 4), torch.randn(tokens, 2, 1, 4)
+        attention = SegmentAttention(None, None, windows=plan)
+        _, figures = measure_step(lambda: attention.self_attention(0, q_TRAD, k_TRBD, k_TRBD))
+        tensors = [x for group in (*plan.whole, *plan.groups) for x in vars(group).values()]
+        return sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor)), figures.added
+
+    shorter, longer = taken(1024), taken(2048)
+    assert longer[0] < 2.5 * shorter[0] and longer[1] < 2.5 * shorter[1], (shorter, longer)
 
 
 @pytest.mark.parametrize("positions", ["shared", "decoupled"])
