@@ -22,7 +22,7 @@ from moss_train.streams.media import (
 from moss_train.streams.row import RowWriter
 from moss_train.streams.schema import CaptionSample, ConversationSample, Media, OfflineSampling, Sample, StreamSample
 from moss_train.streams.sight import Sight
-from moss_train.streams.stream_rows import plan_stream, write_stream
+from moss_train.streams.stream_rows import drawn, plan_stream, write_stream
 from moss_train.streams.template import TurnTemplate
 from moss_train.streams.tokenizer import StreamTokenizer
 
@@ -46,8 +46,8 @@ def compile_sample(
     check_known(sample, media)
     if isinstance(sample, StreamSample):
         info = media[sample.media[0].id]
-        plan = plan_stream(sample, info, tokenizer, config, config.max_frames, rng, jitter, variation)
-        return write_stream(plan)
+        plan = plan_stream(sample, info, tokenizer, config, config.max_frames, variation)
+        return write_stream(drawn(plan, rng, jitter))
     row = RowWriter(tokenizer)
     frames = _offline_frames(sample, media, config)
     if isinstance(sample, CaptionSample):

@@ -9,6 +9,7 @@ reply runs into, else the last that fits. They depend on the sample, its media, 
 the budget alone, never on the random generator.
 """
 
+import contextlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,7 @@ from moss_train.streams.schema import Reply, Sample, StreamSample
 from moss_train.streams.stream_rows import (
     MAX_SAMPLE_FRAMES,
     StreamPlan,
+    drawn,
     opening_ids,
     plan_stream,
     said_length,
@@ -76,34 +78,36 @@ def compile_parts(
     if budget is None or not isinstance(sample, StreamSample):
         return [compile_sample(sample, media, tokenizer, config, rng, variation=variation)]
     check_known(sample, media)
-    if variation is not None:
-        plain = _cut_parts(sample, media, tokenizer, config, budget)
-        try:
-            varied = _cut_parts(sample, media, tokenizer, config, budget, variation=variation)
-        except SampleError:
-            varied = []
-        if len(varied) != len(plain):
-            variation = None
-    return _cut_parts(sample, media, tokenizer, config, budget, rng, variation)
-
-
-def _cut_parts(
-    sample: StreamSample,
-    media: dict[str, MediaInfo],
-    tokenizer: StreamTokenizer,
-    config: CompilerConfig,
-    budget: RowBudget,
-    rng: np.random.Generator | None = None,
-    variation: int | None = None,
-) -> list[CompiledStream]:
     info = media[sample.media[0].id]
-    plan = plan_stream(sample, info, tokenizer, config, MAX_SAMPLE_FRAMES, rng, variation=variation)
-    budget = RowBudget(budget.max_tokens, min(budget.max_frames, config.max_frames))
+    plan = plan_stream(sample, info, tokenizer, config, MAX_SAMPLE_FRAMES)
+    pieces = _pieces(plan, budget)
+    if variation is not None:
+        with contextlib.suppress(SampleError):
+            varied = plan_stream(sample, info, tokenizer, config, MAX_SAMPLE_FRAMES, variation)
+            varied_pieces = _pieces(varied, budget)
+            if len(varied_pieces) == len(pieces):
+                plan, pieces = varied, varied_pieces
+    plan = drawn(plan, rng)
+    return [write_stream(plan, piece.first, piece.end, piece.context, number) for number, piece in enumerate(pieces)]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What one part holds."""
+
+    first: int  #: slots [first, end) of the timeline
+    end: int
+    context: list[int]  #: the dialogue so far, in ids
+
+
+def _pieces(plan: StreamPlan, budget: RowBudget) -> list[_Piece]:
+    """Where the stream is cut; nothing is written yet."""
+    budget = RowBudget(budget.max_tokens, min(budget.max_frames, plan.config.max_frames))
     blocks = _blocks(plan)
     whole = len(plan.prefix) + sum(block.tokens for block in blocks)
     if whole <= budget.max_tokens and len(plan.arrivals) <= budget.max_frames:
-        return [write_stream(plan)]
-    parts: list[CompiledStream] = []
+        return [_Piece(0, len(plan.timeline), [])]
+    pieces: list[_Piece] = []
     dialogue = _Dialogue(plan)
     begin = 0  # block
     while begin < len(blocks):
@@ -111,12 +115,13 @@ def _cut_parts(
         limit = min(budget.max_tokens // DIALOGUE_SHARE, room)
         context = dialogue.latest(limit, running=blocks[begin].goes_on) if begin else []
         end = _cut(plan, blocks, begin, budget, len(plan.prefix) + len(context))
-        parts.append(write_stream(plan, blocks[begin].first, blocks[end - 1].end, context, len(parts)))
-        if len(parts) > MAX_PARTS:
-            raise SampleError(sample.key, f"takes more than {MAX_PARTS} parts of {_of(budget)}; raise the budget")
-        dialogue.hear(plan.timeline[blocks[begin].first : blocks[end - 1].end])
+        piece = _Piece(blocks[begin].first, blocks[end - 1].end, context)
+        pieces.append(piece)
+        if len(pieces) > MAX_PARTS:
+            raise SampleError(plan.sample.key, f"takes more than {MAX_PARTS} parts of {_of(budget)}; raise the budget")
+        dialogue.hear(plan.timeline[piece.first : piece.end])
         begin = end
-    return parts
+    return pieces
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -49,13 +49,12 @@ def plan_stream(
     tokenizer: StreamTokenizer,
     config: CompilerConfig,
     max_frames: int,
-    rng: np.random.Generator | None = None,
-    jitter: Sequence[bool] | None = None,
     variation: int | None = None,
 ) -> StreamPlan:
     """Places every event of the sample; SampleError when it does not fit its video, itself or `max_frames`.
 
-    `rng` draws windows, jitter and silences; `variation` seeds what else is said than the sample says (`augment.py`).
+    `variation` seeds what else is said than the sample says (`augment.py`). Windows, jitter and silences, which leave
+    lengths alone, are those of a plan that is not augmented: see `drawn`.
     """
     arrivals = _arrivals(sample, info, config, max_frames)
     template = TurnTemplate(tokenizer)
@@ -64,14 +63,6 @@ def plan_stream(
         varied = augment_stream(sample, arrivals, config, tokenizer, np.random.Generator(np.random.PCG64(variation)))
         sample, stale = varied.sample, varied.stale
     timeline = build_timeline(sample, arrivals, config, tokenizer, stale)
-    sight = Sight.of(config, rng)
-    if rng is not None and config.augment.keep_silence < 1.0:
-        # from a generator of its own: neither it nor the jitter, which draw more where there are more frames, shifts
-        # what the other draws
-        thin_out(timeline, config.augment, np.random.Generator(np.random.PCG64(int(rng.integers(2**63)))))
-    shifts = [-int(early) for early in jitter or ()]
-    if jitter is None:
-        shifts = draw_shifts(len(arrivals), config.jitter_probability, config.jitter_shifts, rng)
     return StreamPlan(
         sample=sample,
         tokenizer=tokenizer,
@@ -80,10 +71,25 @@ def plan_stream(
         prefix=template.system_prefix(sample.system),
         arrivals=arrivals,
         timeline=timeline,
-        shifts=shifts,
-        sight=sight,
+        shifts=[0] * len(arrivals),
+        sight=Sight.of(config, None),
         contrasts=find_contrasts(sample, timeline, tokenizer),
     )
+
+
+def drawn(plan: StreamPlan, rng: np.random.Generator | None, jitter: Sequence[bool] | None = None) -> StreamPlan:
+    """The plan with windows, jitter and silences that `rng` draws, none without; the timeline given is changed in
+    place. `jitter`, one decision a frame (one token early or not), replaces the drawn ones."""
+    config = plan.config
+    sight = Sight.of(config, rng)
+    if rng is not None and config.augment.keep_silence < 1.0:
+        # from a generator of its own: neither it nor the jitter, which draw more where there are more frames, shifts
+        # what the other draws
+        thin_out(plan.timeline, config.augment, np.random.Generator(np.random.PCG64(int(rng.integers(2**63)))))
+    shifts = [-int(early) for early in jitter or ()]
+    if jitter is None:
+        shifts = draw_shifts(len(plan.arrivals), config.jitter_probability, config.jitter_shifts, rng)
+    return replace(plan, sight=sight, shifts=shifts)
 
 
 def write_stream(

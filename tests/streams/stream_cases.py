@@ -61,10 +61,10 @@ def compiled(data: dict, config: CompilerConfig | None = None, rng=None, jitter=
     return compile_sample(sample, media, tokenizer(), config or CompilerConfig(), rng, jitter)
 
 
-def parts_of(data: dict, budget: RowBudget | None, config: CompilerConfig | None = None, rng=None):
+def parts_of(data: dict, budget: RowBudget | None, config: CompilerConfig | None = None, rng=None, variation=None):
     sample = parse_sample(data, "key")
     media = {medium.id: MediaInfo(86_400.0, 25.0) for medium in sample.media}
-    return compile_parts(sample, media, tokenizer(), config or CompilerConfig(), budget, rng)
+    return compile_parts(sample, media, tokenizer(), config or CompilerConfig(), budget, rng, variation)
 
 
 def layout(row) -> list[str]:

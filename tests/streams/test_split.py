@@ -10,9 +10,11 @@ from stream_cases import compiled, layout, parts_of, say, stream, tokenizer, use
 from stream_strategies import CONFIGS, compiled_or_refused, streams
 
 from moss_train.errors import SampleError
+from moss_train.streams import split
 from moss_train.streams.compiled import IGNORED_LABEL, Kind
-from moss_train.streams.config import CompilerConfig
+from moss_train.streams.config import AugmentationConfig, CompilerConfig
 from moss_train.streams.split import RowBudget
+from moss_train.streams.stream_rows import write_stream
 
 LONG_STREAMS = streams(ends_s=(4.0, 9.5, 30.0), most_events=12)
 BUDGETS = st.builds(RowBudget, st.sampled_from([40, 70, 120, 5000]), st.sampled_from([1, 3, 8, 5000]))
@@ -107,6 +109,21 @@ def test_lengths_do_not_depend_on_the_generator(data, config, budget, seed):
     assert [(len(part.ids), part.frames) for part in drawn] == [(len(part.ids), part.frames) for part in still]
     again = parts_or_refused(data, budget, config, seed)
     assert all(equal(first, second) for first, second in zip(drawn, again, strict=True))
+
+
+@pytest.mark.parametrize("variation", [None, 3])
+def test_every_row_is_written_once(variation, monkeypatch):
+    turns = [event for t in range(0, 40, 4) for event in (user(t + 0.5, f"Q{t}?"), say(t + 1.0, f"A{t}."))]
+    written = []
+
+    def counted(plan, *arguments):
+        written.append(arguments)
+        return write_stream(plan, *arguments)
+
+    monkeypatch.setattr(split, "write_stream", counted)
+    config = CompilerConfig(augment=AugmentationConfig(corruption=1.0, variants=1))
+    parts = parts_of(stream(*turns, end_s=40.0), RowBudget(120, 12), config, np.random.default_rng(0), variation)
+    assert len(parts) > 2 and len(written) == len(parts)
 
 
 def test_a_part_goes_on_with_the_dialogue_so_far():
