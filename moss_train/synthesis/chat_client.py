@@ -1,7 +1,7 @@
 """Questions to any OpenAI-compatible endpoint whose answers are JSON of a known form, each asked and paid for once.
 
-Answers that have the form are kept on disk under a digest of model, messages and settings; whoever runs again, or goes
-on after a kill, reads them there. The key is read from the environment and appears in no file, log or error.
+Answers that have the form are kept on disk under a digest of server, model, messages and settings; whoever runs again,
+or goes on after a kill, reads them there. The key is read from the environment and appears in no file, log or error.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from moss_train.errors import ConfigError, DataError
+from moss_train.redact import redact
 from moss_train.synthesis.dialogue import WriterFault
 
 if TYPE_CHECKING:
@@ -97,8 +98,10 @@ class EndpointOptions:
         return os.environ.get(self.api_key_env, "").strip() if self.api_key_env else ""
 
     def settings(self) -> dict[str, Any]:
-        """What shapes an answer beside its prompt."""
-        return {name: getattr(self, name) for name in ("model", "temperature", "max_tokens", "json_mode")}
+        """What shapes an answer beside its prompt. A server may know another model by the same name, so its address is
+        one of them, without a user and a password."""
+        shaping = {name: getattr(self, name) for name in ("model", "temperature", "max_tokens", "json_mode")}
+        return shaping | {"base_url": redact(self.base_url.rstrip("/"))}
 
 
 @dataclass

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from caption_cases import files
-from chat_server import PLAN, answer
+from chat_server import PLAN, answer, serve
 
 from moss_train.cli import main
 from moss_train.errors import ConfigError, DataError
@@ -81,6 +81,21 @@ def test_what_was_answered_is_not_asked_again(server, videos):
     synth(options(server, videos, "c", temperature=0.7))  # another setting, other answers
     assert len(server.prompts) == 2 * asked
     assert synth(options(server, videos, "b")) is None  # up to date
+
+
+def test_another_server_gives_other_answers(server, videos):
+    """Whose model may have the same name. The password in an address is no part of it."""
+    synth(options(server, videos, "a", limit=1))
+    asked = len(server.prompts)
+    with serve() as other:
+        other.answer = lambda prompt: answer(prompt).replace("opens", "shuts")
+        made = synth(options(other, videos, "b", limit=1))
+        assert made["usage"]["cached"] == 0 and len(other.prompts) == asked
+    assert samples(videos / "a") != samples(videos / "b")
+    first, second = (
+        EndpointOptions(base_url=f"https://{user}@host/v1/").settings() for user in ("me:first", "you:second")
+    )
+    assert first == second and first["base_url"] == "https://[hidden]@host/v1"
 
 
 def test_a_busy_or_broken_server_is_asked_again(server, videos):
