@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from moss_train import __version__
 from moss_train.errors import CheckpointError, ConfigError, MossTrainError
 from moss_train.exit_codes import INTERRUPTED, MISTAKE
+from moss_train.redact import covered
 
 #: verb → (module : stem, line that help shows). The module holds `<stem>_command` and `<Stem>Options`.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -80,8 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _message(text: str, shown: int | None = _OFFENDERS_SHOWN) -> str:
     """One line, and below it the first of a list of offenders (lines indented by two), if the error has one; None shows
-    all: tensors that do not fit are mended together."""
-    head, *offenders = (" ".join(part.split()) for part in text.split("\n  "))
+    all: tensors that do not fit are mended together. Secrets in what the error quotes are covered."""
+    head, *offenders = (covered(" ".join(part.split())) for part in text.split("\n  "))
     shown = len(offenders) if shown is None else shown
     hidden = len(offenders) - shown
     more = [f"… and {hidden} more"] if hidden > 0 else []

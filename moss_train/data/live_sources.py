@@ -13,7 +13,8 @@ import torch
 
 from moss_train.data.decoding.pictures import DecodeLimits
 from moss_train.data.decoding.stills import read_still
-from moss_train.errors import ConfigError
+from moss_train.errors import ConfigError, DataError
+from moss_train.redact import covered
 
 _STILLS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
@@ -42,7 +43,8 @@ def endless_pictures(source: str, fps: float, max_seconds: float) -> Iterator[tu
     """Seconds since the first picture and uint8 RGB [H, W, 3], the first picture at or after every 1 / fps seconds. The
     source is opened at once.
 
-    Raises ConfigError when the source cannot be opened or has no video, and when PyAV is missing.
+    Raises ConfigError when the source cannot be opened or has no video, and when PyAV is missing; DataError when it
+    breaks off. No message holds the user and password of an address.
     """
     try:
         import av
@@ -52,11 +54,20 @@ def endless_pictures(source: str, fps: float, max_seconds: float) -> Iterator[tu
     try:
         opened = av.open(source, format="v4l2" if camera else None, timeout=None if camera else 10.0)
     except (av.FFmpegError, ValueError, OSError) as error:
-        raise ConfigError(f"video={source}: cannot be opened: {error}") from error
+        raise ConfigError(f"video={covered(source)}: cannot be opened: {covered(str(error))}") from None
     if not opened.streams.video:
         opened.close()
-        raise ConfigError(f"video={source}: has no video")
-    return _pictures(opened, fps, max_seconds)
+        raise ConfigError(f"video={covered(source)}: has no video")
+    return _until_it_breaks(_pictures(opened, fps, max_seconds), covered(source))
+
+
+def _until_it_breaks(pictures: Iterator[tuple[float, np.ndarray]], name: str) -> Iterator[tuple[float, np.ndarray]]:
+    import av
+
+    try:
+        yield from pictures
+    except av.FFmpegError as error:
+        raise DataError(f"video={name}: broke off: {covered(str(error))}") from None
 
 
 def _pictures(opened: Any, fps: float, max_seconds: float) -> Iterator[tuple[float, np.ndarray]]:

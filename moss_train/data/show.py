@@ -12,6 +12,7 @@ from moss_train.data.config import DataConfig
 from moss_train.data.corpus import Corpus, load_source
 from moss_train.data.decoding.pictures import fitted_size
 from moss_train.data.order import augmentation_rng, drawn_variant, variation_seed
+from moss_train.data.shards.transfer import shown
 from moss_train.errors import ConfigError, DataError
 from moss_train.streams.compiled import CompiledStream, FrameRequest, Kind
 from moss_train.streams.config import CompilerConfig, TokenizerConfig
@@ -96,14 +97,14 @@ def _drawn(options: ShowOptions, key: str) -> tuple[np.random.Generator | None, 
 def _number(corpus: Corpus, key: str) -> int:
     if not key:
         if not len(corpus):
-            raise DataError(f"{corpus.index.location} holds no sample")
+            raise DataError(f"{shown(corpus.index.location)} holds no sample")
         return 0
     try:
         return corpus.index.number(key)
     except KeyError:
         near = difflib.get_close_matches(key, [corpus.key(number) for number in range(min(len(corpus), 10_000))], n=3)
         hint = f"; near it: {', '.join(near)}" if near else f"; its first is {corpus.key(0)!r}" if len(corpus) else ""
-        raise DataError(f"{corpus.index.location} holds no sample {key!r}{hint}") from None
+        raise DataError(f"{shown(corpus.index.location)} holds no sample {key!r}{hint}") from None
 
 
 def _thumbnails(corpus: Corpus, number: int, requests: Sequence[FrameRequest]) -> list[np.ndarray]:

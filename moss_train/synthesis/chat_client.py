@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from moss_train.errors import ConfigError, DataError
-from moss_train.redact import redact
+from moss_train.redact import HIDDEN, covered, redact
 from moss_train.synthesis.dialogue import WriterFault
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class EndpointOptions:
         if not self.model:
             raise ConfigError("writer=endpoint needs endpoint.model=…, the model's name as the server knows it")
         if not self.base_url.startswith(("http://", "https://")):
-            raise ConfigError(f"endpoint.base_url={self.base_url!r} must start with http:// or https://")
+            raise ConfigError(f"endpoint.base_url={covered(self.base_url)!r} must start with http:// or https://")
         for name, least in (("concurrency", 1), ("max_tokens", 1), ("retries", 0), ("repairs", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"endpoint.{name}={getattr(self, name)} must be at least {least}")
@@ -129,6 +129,7 @@ class ChatClient:
         self._httpx = httpx
         self._options = options
         self._key = options.key()
+        self._address = covered(options.base_url)  #: for messages
         default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moss_train" / "synthesis"
         self._cache = Path(options.cache) if options.cache else default
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
@@ -208,7 +209,7 @@ class ChatClient:
             return str(text), (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
-                f"{self._options.base_url} answered in another form than a chat completion ({error!r}): is it the "
+                f"{self._address} answered in another form than a chat completion ({error!r}): is it the "
                 "address of an OpenAI-compatible endpoint?"
             ) from error
 
@@ -233,7 +234,7 @@ class ChatClient:
                 self.usage.retries += 1
                 await asyncio.sleep(wait_s)
         raise DataError(
-            f"{options.base_url} gave no answer in {options.retries + 1} tries ({failure}): what is written stays; run "
+            f"{self._address} gave no answer in {options.retries + 1} tries ({failure}): what is written stays; run "
             "again to go on when it is back"
         )
 
@@ -244,15 +245,15 @@ class ChatClient:
         if status in _REFUSED:
             raise WriterFault("refused", failure)
         if status in (401, 403):
-            raise ConfigError(f"{self._options.base_url}: {failure}; check endpoint.api_key_env")
-        raise ConfigError(f"{self._options.base_url}: {failure}; check endpoint.base_url and endpoint.model")
+            raise ConfigError(f"{self._address}: {failure}; check endpoint.api_key_env")
+        raise ConfigError(f"{self._address}: {failure}; check endpoint.base_url and endpoint.model")
 
     def _said(self, response: "httpx.Response") -> str:
         """What the server says is wrong, on one line, without the key."""
         return self._scrub(" ".join(response.text.split())[:300]) or "no reason given"
 
     def _scrub(self, text: str) -> str:
-        return text.replace(self._key, "[hidden]") if self._key else text
+        return covered(text.replace(self._key, HIDDEN) if self._key else text)
 
     def figures(self) -> dict[str, Any]:
         return asdict(self.usage)

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moss_train.cli_options import overrides_of
 from moss_train.data.corpus import load_source
+from moss_train.data.shards.transfer import shown
 from moss_train.errors import ConfigError
 from moss_train.evaluate.benchmarks import (
     BENCHES,
@@ -143,7 +144,7 @@ def evaluate_command(options: EvaluateOptions) -> int:
     columns = {"free-running": found.figures, "teacher-forced": found.teacher_forced}
     if found.result is None:
         columns = {"offline": found.figures}
-    print_figures(columns, console, f"{options.ckpt}, {stage}: {found.source}")
+    print_figures(columns, console, f"{options.ckpt}, {stage}: {shown(found.source)}")
     if options.out is not None:
         _write(Path(options.out), found, evaluation, {"checkpoint": options.ckpt, "stage": stage})
         console.print(f"written to {options.out}", markup=False)

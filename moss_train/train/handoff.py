@@ -13,6 +13,7 @@ import torch
 from moss_train.checkpoint.store import Checkpoint, checkpoint_shapes, load_checkpoint
 from moss_train.data.blend import Blend
 from moss_train.data.shards.index import load_index
+from moss_train.data.shards.transfer import shown
 from moss_train.data.sources import OpenBlend, SourceFigures, open_blend
 from moss_train.engines.fit import require_fit
 from moss_train.engines.trainable import check_trainable
@@ -81,7 +82,7 @@ def plan_pipeline(run: RunConfig, tokenizer: StreamTokenizer) -> list[StagePlan]
         kinds = load_index(run.evaluate.source).totals.kinds
         if "stream" not in kinds:
             raise ConfigError(
-                f"evaluate.source={run.evaluate.source}: it holds no stream, only {', '.join(sorted(kinds))}"
+                f"evaluate.source={shown(run.evaluate.source)}: it holds no stream, only {', '.join(sorted(kinds))}"
             )
     return plans
 

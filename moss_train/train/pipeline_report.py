@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moss_train.checkpoint.store import latest, load_checkpoint
+from moss_train.data.shards.transfer import shown
 from moss_train.errors import CheckpointError, ConfigError
 from moss_train.evaluate.offline import OfflineAnswer, offline_figures
 from moss_train.evaluate.runner import EvaluationResult
@@ -114,7 +115,12 @@ def report_command(options: ReportOptions) -> int:
         requirements,
         rows=read_metrics(metrics) if metrics.is_file() else (),
         streams=streams,
-        facts={"run": run.name, "model": run.model.name, "stages": " → ".join(stages), "streams": run.evaluate.source},
+        facts={
+            "run": run.name,
+            "model": run.model.name,
+            "stages": " → ".join(stages),
+            "streams": shown(run.evaluate.source),
+        },
         settings=resolved_dict(run),
     )
     print_report(report, requirements, console)

@@ -29,6 +29,7 @@ from moss_train.evaluate.sampling import GenerationConfig, Sampler
 from moss_train.evaluate.schedule import Schedule, Step
 from moss_train.evaluate.stream import LiveConfig, LiveSession
 from moss_train.model.video_model import VideoModel
+from moss_train.redact import covered
 from moss_train.report.caption_track import CaptionEvent, captions_of
 from moss_train.report.captions import at_rate, caption_clip, check_save, write_captioned_video
 from moss_train.streams.config import CompilerConfig
@@ -219,7 +220,7 @@ class _Player:
         """A source that ends when it ends."""
         options = self._options
         pictures = endless_pictures(options.video, self.fps, options.max_seconds)
-        self._tell(f"{options.video}: {self.fps:g} frames a second. Ctrl-C ends it.")
+        self._tell(f"{covered(options.video)}: {self.fps:g} frames a second. Ctrl-C ends it.")
         result = play_live(self._session(), in_order(pictures, options.asked()), self._printer, options.speed)
         self._tell(result.summary())
 

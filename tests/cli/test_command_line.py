@@ -58,6 +58,18 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, expected, capsys):
     assert expected in captured.err
 
 
+def test_no_error_repeats_a_password(capsys):
+    for arguments in (
+        ["stream", "ckpt=none", "rtsp://admin:geheim@host/live"],
+        ["data", "index", "path=ftp-unknown://admin:geheim@host/a"],
+        ["data", "synth", "source=activitynet", "captions=a", "media_root=b", "out=c", "writer=endpoint",
+         "endpoint.api_key_env=null", "endpoint.model=m", "endpoint.base_url=ftp://me:geheim@host"],
+    ):  # fmt: skip
+        assert main(arguments) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: ") and "geheim" not in told
+
+
 def test_an_error_leaves_the_process_with_code_2_and_no_traceback():
     result = run("train", "recipe=realtime", "stages.realtime.optim.lrr=1")
     assert result.returncode == 2

@@ -1,5 +1,7 @@
 """Folders, URLs and cameras as sources of a live stream."""
 
+import traceback
+
 import numpy as np
 import pytest
 import torch
@@ -46,3 +48,12 @@ def test_a_url_gives_its_pictures_at_the_asked_rate(tmp_path):
         assert abs(picture.transpose(2, 0, 1).astype(int) - frame.numpy()).max() <= 3
     with pytest.raises(ConfigError, match="cannot be opened"):
         endless_pictures(f"file:{tmp_path}/none.mp4", 1.0, 1.0)
+
+
+def test_the_password_of_an_address_is_in_no_message():
+    pytest.importorskip("av")
+    for source in ("rtsp://admin:geheim@127.0.0.1:9/live", "http://admin:geheim@127.0.0.1:9/a.m3u8"):
+        with pytest.raises(ConfigError, match="cannot be opened") as raised:
+            endless_pictures(source, 1.0, 1.0)
+        told = "".join(traceback.format_exception(raised.value))
+        assert "127.0.0.1:9" in str(raised.value) and "geheim" not in told

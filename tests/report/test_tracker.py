@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from moss_train.errors import ConfigError, DataError
-from moss_train.redact import HIDDEN, is_secret_key, redact
+from moss_train.redact import HIDDEN, covered, is_secret_key, redact
 from moss_train.report.config import TrackingConfig
 from moss_train.report.console import ConsoleSink, clock, count
 from moss_train.report.metrics_file import FILE_NAME, MetricsRow, read_metrics
@@ -229,3 +229,20 @@ def test_secrets_are_hidden_and_nothing_else():
         "path": f"s3://{HIDDEN}@host/bucket?X-Amz-Signature={HIDDEN}&part=1",
         "api_key": "",
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("cannot open rtsp://admin:geheim@10.0.0.7:554/live", f"cannot open rtsp://{HIDDEN}@10.0.0.7:554/live"),
+        ("'http://me:ge@heim@host/v1' is away", f"'http://{HIDDEN}@host/v1' is away"),
+        ("http://cam/a?user=x&password=geheim&fps=2", f"http://cam/a?user=x&password={HIDDEN}&fps=2"),
+        ("http://host/v1?api_key=geheim: 404", f"http://host/v1?api_key={HIDDEN} 404"),
+        ("'s3://a/b?X-Amz-Signature=geheim' is gone", f"'s3://a/b?X-Amz-Signature={HIDDEN}' is gone"),
+        ("key hf_abcdefghijklmnopqrstuvwxyz is refused", f"key {HIDDEN} is refused"),
+        ("-----BEGIN RSA PRIVATE KEY-----\ngeheim\ngeheim", HIDDEN),
+        ("localhost:8000 and a@b.c at 10:30, http://h:80/a@b?x=1", None),
+    ],
+)
+def test_messages_are_covered_and_stay_readable(text, shown):
+    assert covered(text) == (text if shown is None else shown)

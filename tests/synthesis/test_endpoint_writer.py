@@ -159,6 +159,22 @@ def test_leaks_and_clocks_of_a_model_are_left_out(server, videos):
     assert [event["text"] for event in sample["events"]] == ["What now?", "He will need a hammer."]
 
 
+def test_the_password_of_an_address_is_in_no_message(server, videos):
+    server.faults.extend([503, 503, 404])
+    told = []
+    for retries in (1, 0):
+        asked = options(server, videos, limit=1, retries=retries)
+        asked.endpoint.base_url = server.url.replace("http://", "http://me:geheim@")
+        with pytest.raises((DataError, ConfigError)) as raised:
+            synth(asked)
+        told.append(str(raised.value))
+    with pytest.raises(ConfigError) as raised:
+        EndpointOptions(base_url="ftp://me:geheim@host/v1", model="m", api_key_env=None).validate()
+    told.append(str(raised.value))
+    assert "gave no answer" in told[0] and "check endpoint.base_url" in told[1] and "must start with" in told[2]
+    assert all("://[hidden]@" in text and "geheim" not in text for text in told)
+
+
 @pytest.mark.parametrize(
     ("status", "error", "message"),
     [(401, ConfigError, "api_key_env"), (404, ConfigError, "endpoint.model"), (400, DataError, "refused")],

@@ -56,7 +56,7 @@ def build_index(
     folder = _folder_of(location, out)
     shards = _shards_of(location, folder, beside=out is None)
     if not shards:
-        raise DataError(f"{location}: no shards there")
+        raise DataError(f"{shown(location)}: no shards there")
     settings = {"max_pixels": data.max_frame_pixels, "tokenizer": tokenizer.fingerprint if tokenizer else None}
     with ExitStack() as stack:
         stack.enter_context(_alone(folder / PARTIAL_FOLDER))
@@ -69,7 +69,7 @@ def build_index(
         todo = [shard for shard in shards if not _is_done(shard, settings)]
         for shard in todo[:_SHARDS_AHEAD]:
             store.prefetch(shard.location)
-        bar = progress_bar(todo, f"indexing {location.rstrip('/').rpartition('/')[2]}", progress)
+        bar = progress_bar(todo, f"indexing {shown(location).rstrip('/').rpartition('/')[2]}", progress)
         describe_shards(_fetched_ahead(bar, todo, store), look, on_fault)
         names = {"fingerprint": tokenizer.fingerprint} if tokenizer else None
         merge_partials([shard.partial for shard in shards], folder / INDEX_NAME, names, on_fault)
