@@ -261,6 +261,18 @@ class CompilerConfig:
         """The same without anything random: what evaluation compiles with."""
         return replace(self, jitter_probability=0.0, augment=AugmentationConfig())
 
+    def doubts(self) -> list[str]:
+        """What is legal and perhaps not meant, a line each."""
+        found = []
+        for name, seen in (("window", "frames"), ("text_window", "tokens")):
+            limits = getattr(self.augment, f"{name}_range")
+            if limits is not None and getattr(self, name) is None:
+                found.append(
+                    f"compiler.augment.{name}_range={limits}: compiler.{name}=null, so what is trained with windows is "
+                    f"evaluated and served without one, over all {seen}; set compiler.{name} unless that is meant"
+                )
+        return found
+
     def validate(self) -> None:
         self._require("sampling", self.sampling in SAMPLING_MODES, f"is none of {', '.join(SAMPLING_MODES)}")
         self._require("fps", self.fps > 0, "must be above 0 frames a second")

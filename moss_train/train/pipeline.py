@@ -120,6 +120,7 @@ def describe(run: RunConfig, plans: list[StagePlan]) -> str:
             f"{stage.optim.schedule}; from {start}" + (f"; goes on from {done.name}" if done else "")
         )
         lines += [f"    {line}" for name, source in plan.sources.items() for line in _describe_source(name, source)]
+        lines += [f"    warning: stages.{plan.name}.{doubt}" for doubt in stage.compiler.doubts()]
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from moss_train.checkpoint.store import latest, load_checkpoint
 from moss_train.data.synthetic.render import write_video
 from moss_train.engines.megatron import MegatronEngine
 from moss_train.errors import CheckpointError, ConfigError, DataError
-from moss_train.streams.config import TokenizerConfig
+from moss_train.streams.config import AugmentationConfig, CompilerConfig, TokenizerConfig
 from moss_train.streams.tokenizer import StreamTokenizer, load_tokenizer
 from moss_train.train.compose import compose_run, load_run, resolved_dict
 from moss_train.train.evaluate_command import EvaluateOptions, evaluate_command
@@ -97,6 +97,16 @@ def test_another_seed_trains_other_weights(small, whole, tmp_path):
     train(small, tmp_path, "seed=2", "~stages.realtime")
     name = "model/head.weight"
     assert not torch.equal(final(tmp_path, "align").tensors[name], final(whole, "align").tensors[name])
+
+
+def test_windows_that_evaluation_does_not_have_are_told(small, tmp_path, capsys):
+    drawn = ["stages.realtime.compiler.augment.window_range=[2,3]", "stages.realtime.compiler.window=null"]
+    assert train(small, tmp_path / "out", *drawn, "dry_run=true") == 0
+    shown = capsys.readouterr().out
+    assert "    warning: stages.realtime.compiler.augment.window_range=[2, 3]" in shown and shown.count("warning") == 1
+    augment = AugmentationConfig(window_range=[2, 3], text_window_range=[8, 9])
+    (text,) = CompilerConfig(window=3, augment=augment).doubts()
+    assert "compiler.text_window=null" in text and "all tokens" in text
 
 
 def test_a_dry_run_writes_nothing(small, tmp_path, capsys):
