@@ -5,12 +5,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
+
 from moss_train.evaluate.judges import TextJudge
 from moss_train.evaluate.schedule import Step
 from moss_train.report.words import visible
 from moss_train.streams.growing_text import Decoder, GrowingText
 
 KINDS = ("user", "text", "end", "silence")
+#: what the model is doing; what comes later is the rarer and hides what comes earlier
+MODES = ("silence", "speak", "revise")
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,13 @@ class CaptionTrack:
         ordered = sorted(events, key=lambda event: event.time_s)  # stable: what comes at one moment keeps its order
         self.states = [Shown(0.0), *_states(ordered, _revisions(ordered))]
         self._times = [state.time_s for state in self.states]
+        lasting = [*np.flatnonzero(np.diff(self._times)), len(self.states) - 1]  # of those of one moment the last
+        modes = np.array([MODES.index(self.states[index].mode) for index in lasting])
+        self._lasting_s = np.array(self._times)[lasting]
+        #: [mode, n]: how many of the first n lasting states have this mode
+        self._counts = np.cumsum(np.pad(modes == np.arange(len(MODES))[:, None], ((0, 0), (1, 0))), axis=1)
+        asked = [b.time_s for a, b in zip(self.states, self.states[1:], strict=False) if a.user != b.user]
+        self._asked_s = np.array(asked)
 
     def index_at(self, time_s: float) -> int:
         """Index into `states` of what is shown at `time_s`."""
@@ -108,14 +119,17 @@ class CaptionTrack:
     def at(self, time_s: float) -> Shown:
         return self.states[self.index_at(time_s)]
 
-    def stretches(self, until_s: float) -> Iterator[tuple[float, float, str]]:
-        """(from, to, mode) of all that was before `until_s`."""
-        for state, following in zip(self.states, [*self.states[1:], None], strict=True):
-            if state.time_s >= until_s:
-                return
-            end_s = until_s if following is None else min(until_s, following.time_s)
-            if end_s > state.time_s:
-                yield state.time_s, end_s, state.mode
+    def modes_between(self, edges_s: np.ndarray) -> np.ndarray:
+        """int [N]: index into `MODES` of the rarest that stands somewhere in [edges_s[n], edges_s[n + 1]), by search:
+        it takes no longer when the clip is long."""
+        first = np.maximum(np.searchsorted(self._lasting_s, edges_s[:-1], "right") - 1, 0)
+        end = np.maximum(np.searchsorted(self._lasting_s, edges_s[1:], "left"), first + 1)
+        found = self._counts[:, end] > self._counts[:, first]
+        return len(MODES) - 1 - np.argmax(found[::-1], axis=0)
+
+    def asked_between(self, begins_s: np.ndarray, ends_s: np.ndarray) -> np.ndarray:
+        """bool [N]: whether the user says something new in [begins_s[n], ends_s[n])."""
+        return np.searchsorted(self._asked_s, ends_s, "left") > np.searchsorted(self._asked_s, begins_s, "left")
 
 
 def _revisions(events: Sequence[CaptionEvent]) -> list[str | None]:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 
 from moss_train.data.decoding.probe import MediaProbe
 from moss_train.data.decoding.pyav_reader import each_picture
 from moss_train.errors import ConfigError
 from moss_train.report.caption_fonts import Lettering, fonts_for
-from moss_train.report.caption_track import CaptionEvent, CaptionTrack, Shown
+from moss_train.report.caption_track import MODES, CaptionEvent, CaptionTrack, Shown
 from moss_train.report.palette import DARK
 
 #: pixels: a smaller picture is enlarged to the least height, a larger one is reduced to the most
@@ -36,6 +36,13 @@ _BT601 = 5  #: FFmpeg's number of the colour space, written into the file so tha
 _MARKS = {"silence": "·", "speak": "●", "revise": "◆"}
 _INKS = {"silence": DARK["muted"], "speak": "#7fb0ff", "revise": DARK["revise-text"]}
 _FILLS = {"silence": "#3a4652", "speak": DARK["speak"], "revise": DARK["revise"]}
+
+
+def _rgb(colour: str) -> np.ndarray:
+    return np.array(ImageColor.getrgb(colour), np.uint8)
+
+
+_MODE_COLOURS = np.stack([_rgb(_FILLS[mode]) for mode in MODES])
 
 
 def write_captioned_video(
@@ -192,14 +199,8 @@ class Stage:
     def _draw_status(self, state: Shown, time_s: float) -> np.ndarray:
         """The line that fills with time, what the model is doing, and the time."""
         image = Image.new("RGB", (self.width, self._bar + self._status), DARK["back"])
+        image.paste(Image.fromarray(self._line(time_s)), (0, 0))
         draw = ImageDraw.Draw(image)
-        scale, bottom = self.width / max(self.length_s, time_s, 1e-9), self._bar - 1
-        draw.rectangle((0, 0, self.width, bottom), DARK["silence"])
-        for start_s, end_s, mode in self.track.stretches(time_s):
-            draw.rectangle((start_s * scale, 0, end_s * scale, bottom), _FILLS[mode])
-        for earlier, later in zip(self.track.states, self.track.states[1:], strict=False):
-            if later.user != earlier.user and later.time_s <= time_s:
-                draw.rectangle((later.time_s * scale - 1, 0, later.time_s * scale + 2, bottom), DARK["user"])
         top = self._bar + self.letters.size // 4
         names = {"silence": f"silent {int(max(0.0, time_s - state.mode_since_s))} s", "speak": "speaks"}
         name = names.get(state.mode, "revises its answer")
@@ -208,6 +209,19 @@ class Stage:
         code = f"{minutes}:{tenths / 10:04.1f}"
         self.small.draw(draw, self.width - self._margin - self.small.width(code), top, code, DARK["muted"])
         return np.asarray(image)
+
+    def _line(self, time_s: float) -> np.ndarray:
+        """uint8 RGB [bar, width, 3]: all that was until `time_s`, each pixel looked up by the time it stands for, so
+        that a picture late in a long clip takes no longer than its first."""
+        second = self.width / max(self.length_s, time_s, 1e-9)  # in pixels
+        columns = np.arange(self.width + 1)
+        edges_s = np.minimum(columns / second, time_s)
+        colours_C3 = _MODE_COLOURS[self.track.modes_between(edges_s)]
+        colours_C3[edges_s[:-1] >= time_s] = _rgb(DARK["silence"])
+        # a mark is four pixels wide; what is said at this very moment is marked already
+        begins_s, ends_s = (columns[:-1] - 2) / second, np.minimum((columns[:-1] + 2) / second, time_s + 1e-9)
+        colours_C3[self.track.asked_between(begins_s, ends_s)] = _rgb(DARK["user"])
+        return np.broadcast_to(colours_C3, (self._bar, self.width, 3)).copy()
 
     def _draw_words(self, index: int) -> np.ndarray:
         state = self.track.states[index]

@@ -1,11 +1,13 @@
 """Clips with captions: what stands there when, and that the written video is the clip, picture by picture."""
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from PIL import ImageColor
 
 from moss_train.data.decoding.probe import probe_media
 from moss_train.data.decoding.pyav_reader import each_picture
@@ -13,8 +15,9 @@ from moss_train.data.synthetic.render import write_video
 from moss_train.errors import ConfigError, SampleError
 from moss_train.evaluate.schedule import Step
 from moss_train.report.caption_fonts import Lettering, fonts_for, plain_font
-from moss_train.report.caption_track import CaptionEvent, CaptionTrack, captions_of
+from moss_train.report.caption_track import MODES, CaptionEvent, CaptionTrack, captions_of
 from moss_train.report.captions import Stage, at_rate, caption_clip, check_save, write_captioned_video
+from moss_train.report.palette import DARK
 
 FONT = [plain_font()]
 
@@ -82,7 +85,41 @@ def test_what_stands_there_at_each_moment():
     assert seen[3.2].old == "It is red." and not seen[3.2].cut
     assert seen[5.2].old == "" and seen[6.5].old == "On the left, next to" and seen[6.5].cut
     assert seen[7.2].old == "" and seen[5.2].user == "Where is it?" and seen[2.5].mode_since_s == 2.0
-    assert list(track.stretches(1.25)) == [(0.0, 1.0, "silence"), (1.0, 1.25, "speak")]
+
+
+def test_the_line_shows_what_was_when():
+    """Beside a look at every hundredth of a second; what is shorter than a pixel is seen too, the rarer before the
+    other."""
+    track = CaptionTrack(TALK)
+    edges_s = np.array([0.0, 0.9, 1.0, 1.25, 2.0, 2.9, 3.1, 4.2, 5.4, 5.7, 6.0, 7.4, 9.0])
+    expected = [
+        max(MODES.index(track.at(k / 100).mode) for k in range(round(100 * begin), round(100 * end)))
+        for begin, end in zip(edges_s, edges_s[1:], strict=False)
+    ]
+    assert track.modes_between(edges_s).tolist() == expected and set(expected) == {0, 1, 2}
+    assert track.modes_between(np.array([0.0, 9.0])).tolist() == [2]
+    asked = track.asked_between(edges_s[:-1], edges_s[1:])
+    assert edges_s[:-1][asked].tolist() == [0.0, 4.2, 6.0]
+    stage = Stage.of(100, 100, track, 10.0, FONT)
+    blank = np.zeros((100, 100, 3), np.uint8)
+    line = stage.draw(blank, 3.5)[stage.panel + 1]
+    fills = [tuple(line[round(second * stage.width / 10)]) for second in (0.0, 0.5, 1.2, 2.5, 3.2, 4.0)]
+    colours = [DARK["user"], "#3a4652", DARK["speak"], "#3a4652", DARK["revise"], DARK["silence"]]
+    assert fills == [ImageColor.getrgb(colour) for colour in colours]
+
+
+def test_a_picture_late_in_a_long_clip_takes_no_longer_than_an_early_one():
+    def seconds(replies: int) -> float:
+        events = [event(2 * n + k, kind, "a") for n in range(replies) for k, kind in enumerate(("text", "end"))]
+        stage = Stage.of(100, 100, CaptionTrack(events), fonts=FONT)
+        blank, taken = np.zeros((100, 100, 3), np.uint8), []
+        for _ in range(5):
+            began = time.perf_counter()
+            stage.draw(blank, 2.0 * replies)
+            taken.append(time.perf_counter() - began)
+        return min(taken)
+
+    assert seconds(10_000) < 5 * seconds(10)
 
 
 def test_the_same_answer_again_or_to_another_question_is_no_revision():
