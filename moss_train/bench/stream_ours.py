@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from moss_train.evaluate.feeding import Waiting, feed
 from moss_train.model.config import ModelConfig, TextConfig, VisionConfig
 from moss_train.model.streaming import StreamState
 from moss_train.model.video_model import VideoModel
@@ -118,12 +119,13 @@ class CrossAttending:
             self._feed(ids)
 
     def fill(self, frames: int) -> None:
-        """Caches as large as if so many silent frames had gone by, at less cost: their tokens see no frame."""
-        while self._frames < frames:
-            count = min(64, frames - self._frames)
-            ids = [2, self._anchor] * count
-            self._add(self.features(count), ids)
-            self._feed(ids, blind=True)
+        """Caches as large as if so many silent frames had gone by since the stream's start, at less cost: their tokens
+        see no frame, since none is an anchor."""
+        for begin in range(0, frames, 64):
+            ids = [2, self._anchor] * min(64, frames - begin)
+            self._add(self.features(len(ids) // 2), ids)
+            self._feed([2] * len(ids))
+        self._frames = frames
         self._feed([2])
 
     def watch(self, frames: int) -> None:
@@ -181,19 +183,10 @@ class CrossAttending:
         positions = torch.from_numpy(places.frame_positions.astype(np.int64))
         self._state.add_features(features_NPH, torch.zeros(len(positions), dtype=torch.long), positions)
 
-    def _feed(self, ids: list[int], blind: bool = False) -> None:
-        tokens = np.array(ids)
-        places = self._sight.places(tokens == self._anchor, self._tokens, self._frames)
-        self._tokens, self._frames = self._tokens + len(ids), int(places.visible_hi[-1])
-        logits_1V = self._state.extend(
-            torch.from_numpy(tokens)[None].to(self._device),
-            torch.from_numpy(places.positions.astype(np.int64))[None].to(self._device),
-            torch.tensor([len(ids)]),
-            torch.from_numpy(places.visible_lo)[None],
-            torch.from_numpy(np.zeros_like(places.visible_hi) if blind else places.visible_hi)[None],
-            self._sight.sinks,
-            text_lo_RL=torch.from_numpy(places.text_lo)[None],
-            text_sinks=self._sight.text_sinks,
-            only_last=True,
-        )
+    def _feed(self, ids: list[int]) -> None:
+        """As evaluation and live sessions feed."""
+        frames = self._frames + ids.count(self._anchor)
+        waiting = {0: Waiting(ids, self._tokens, frames)}
+        logits_1V = feed(self.model, self._state, self._sight, self._anchor, waiting, 1, self._device)
+        self._tokens, self._frames = self._tokens + len(ids), frames
         self._token = int(logits_1V.argmax(-1))
