@@ -49,10 +49,11 @@ class Probe:
 
 
 class _Row:
-    """One row of annotations; says which row, and what it lacks."""
+    """One row of annotations; says which row, and what it lacks. `part` numbers what one entry of a JSON file lists, 0
+    where that is one thing."""
 
-    def __init__(self, file: Path, number: int, values: Mapping[str, Any]):
-        self._where, self.number, self.values = f"{file.name} row {number}", number, values
+    def __init__(self, file: Path, number: int, part: int, values: Mapping[str, Any]):
+        self._where, self.number, self.part, self.values = f"{file.name} row {number}", number, part, values
 
     def text(self, *names: str) -> str:
         """The first of the named fields that is there."""
@@ -94,26 +95,22 @@ def load_proactive(annotations: Path, media_root: Path) -> list[ProactiveQuestio
     DataError when the file is none of these or a row lacks something.
     """
     found = []
-    for number, entry in enumerate(_read(annotations), 1):
-        questions = entry.get("questions")
-        rows = [entry | question for question in questions] if isinstance(questions, list) else [entry]
-        for index, values in enumerate(rows, 1):
-            row = _Row(annotations, number, values)
-            asked_s = row.seconds("time_stamp")
-            answer_s = row.seconds("ground_truth_time_stamp")
-            if answer_s < asked_s:
-                raise row.error(f"the ground truth's time {answer_s:g} s is before the question's {asked_s:g} s")
-            name = str(values.get("question_id") or f"{number}-{index}")
-            found.append(
-                ProactiveQuestion(
-                    key=f"streamingbench-{re.sub(r'[^A-Za-z0-9_-]+', '-', name)}",
-                    video=_video(media_root, _proactive_video(row)),
-                    question=row.text("question"),
-                    asked_s=asked_s,
-                    answer=row.text("ground_truth_output", "ground_truth", "answer"),
-                    answer_s=answer_s,
-                )
+    for row in _rows(annotations, "questions"):
+        asked_s = row.seconds("time_stamp")
+        answer_s = row.seconds("ground_truth_time_stamp")
+        if answer_s < asked_s:
+            raise row.error(f"the ground truth's time {answer_s:g} s is before the question's {asked_s:g} s")
+        name = str(row.values.get("question_id") or f"{row.number}-{row.part or 1}")
+        found.append(
+            ProactiveQuestion(
+                key=f"streamingbench-{re.sub(r'[^A-Za-z0-9_-]+', '-', name)}",
+                video=_video(media_root, _proactive_video(row)),
+                question=row.text("question"),
+                asked_s=asked_s,
+                answer=row.text("ground_truth_output", "ground_truth", "answer"),
+                answer_s=answer_s,
             )
+        )
     return found
 
 
@@ -132,18 +129,14 @@ def load_probes(annotations: Path, media_root: Path) -> list[Probe]:
     DataError when the file is none of these or a row lacks something.
     """
     found = []
-    for number, entry in enumerate(_read(annotations), 1):
-        moments = entry.get("test_info")
-        rows = [entry | moment for moment in moments] if isinstance(moments, list) else [entry]
-        for index, values in enumerate(rows, 1):
-            row = _Row(annotations, number, values)
-            task = row.text("task").upper()
-            if task not in _TASKS:
-                raise row.error(f"task={task!r}: legal values are {', '.join(_TASKS)}")
-            prompt, answer = _PROMPTS.get(task, _choice)(row)
-            name = f"ovo-{task.lower()}-{values.get('id', number)}" + (f"-{index}" if len(rows) > 1 else "")
-            video = _video(media_root, row.text("video", "video_path"))
-            found.append(Probe(name, video, task, row.seconds("realtime"), prompt, answer))
+    for row in _rows(annotations, "test_info"):
+        task = row.text("task").upper()
+        if task not in _TASKS:
+            raise row.error(f"task={task!r}: legal values are {', '.join(_TASKS)}")
+        prompt, answer = _PROMPTS.get(task, _choice)(row)
+        name = f"ovo-{task.lower()}-{row.values.get('id', row.number)}" + (f"-{row.part}" if row.part else "")
+        video = _video(media_root, row.text("video", "video_path"))
+        found.append(Probe(name, video, task, row.seconds("realtime"), prompt, answer))
     return found
 
 
@@ -256,6 +249,17 @@ def probe_items(probes: Sequence[Probe], system: str | None) -> list[FileItem]:
 def _plain(text: str) -> str:
     """Without what would be read as a medium."""
     return text.replace("<|video|>", "<video>").replace("<|image|>", "<image>")
+
+
+def _rows(file: Path, listed: str) -> Iterator[_Row]:
+    """The rows of a file; of an entry that lists several things under `listed`, one each, with what holds for all."""
+    for number, entry in enumerate(_read(file), 1):
+        parts = entry.get(listed)
+        if not isinstance(parts, list):
+            yield _Row(file, number, 0, entry)
+            continue
+        for part, values in enumerate(parts, 1):
+            yield _Row(file, number, part if len(parts) > 1 else 0, entry | values)
 
 
 def _read(file: Path) -> Iterator[dict[str, Any]]:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from moss_train.errors import DataError, SampleError
+from moss_train.errors import SampleError
 from moss_train.evaluate.config import EvaluationConfig
 from moss_train.evaluate.decoder import device_of, forbidden_tokens
 from moss_train.evaluate.feeding import Waiting, feed
@@ -31,10 +31,9 @@ from moss_train.evaluate.prepared import Corpus, FrameCache, PreparedCorpus, Sha
 from moss_train.evaluate.runner import evaluating
 from moss_train.parallel.phases import beat
 from moss_train.streams.compiled import CompiledStream
-from moss_train.streams.compiler import compile_sample
 from moss_train.streams.config import CompilerConfig
 from moss_train.streams.media import PLACEHOLDERS
-from moss_train.streams.schema import ConversationSample, Sample
+from moss_train.streams.schema import ConversationSample
 from moss_train.streams.sight import Sight
 from moss_train.streams.template import TurnTemplate
 from moss_train.streams.tokenizer import StreamTokenizer
@@ -92,16 +91,16 @@ def prepare_conversations(
     cache: FrameCache | None = None,
     cache_mb: float = 0,
 ) -> PreparedCorpus[PreparedConversation]:
-    """The conversations of a corpus, see `prepared.prepare`; samples of other kinds are left out. What an untrained
-    message says is context, not asked for."""
+    """The conversations of a corpus, see `prepared.prepare`. What an untrained message says is context, not asked
+    for."""
 
-    def make(sample: Sample, number: int, compiler: CompilerConfig) -> PreparedConversation | None:
-        if not isinstance(sample, ConversationSample):
-            return None
-        compiled = compile_sample(sample, corpus.media_info(number), tokenizer, compiler)
+    def make(
+        sample: ConversationSample, number: int, compiled: CompiledStream, compiler: CompilerConfig
+    ) -> PreparedConversation:
         return _conversation(sample, number, compiled, tokenizer)
 
-    return prepare(corpus, compiler, make, "conversation (schema moss_train/conversation@1)", limit, cache, cache_mb)
+    what = "conversation (schema moss_train/conversation@1)"
+    return prepare(corpus, tokenizer, compiler, ConversationSample, make, what, limit, cache, cache_mb)
 
 
 def _conversation(
@@ -140,15 +139,12 @@ def run_conversations(
 ) -> OfflineRun:
     """Have a share of the conversations answered by `model`, which is put into evaluation mode and back. `group` as in
     `run_streams`: who runs them in lockstep, with a part of the model each."""
-    run, share = OfflineRun(), share or Share()
-    total = len(range(share.number, len(prepared.items), share.count))
-    done = 0
+    run = OfflineRun()
     with evaluating(model):
-        for conversations, frames in prepared.batches(share, config.batch_streams, run.skipped, group):
+        for conversations, frames in prepared.batches(
+            share or Share(), config.batch_streams, run.skipped, group, on_progress
+        ):
             run.answers += _answered(model, conversations, frames, tokenizer, prepared.compiler, config.answer_tokens)
-            done += len(conversations)
-            if on_progress is not None:
-                on_progress(done, total)
     return run
 
 
@@ -161,11 +157,7 @@ def answers_of(
     """
     place = {item.compiled.key: number for number, item in enumerate(prepared.items)}
     answers = sorted((answer for run in runs for answer in run.answers), key=lambda one: (place[one.key], one.number))
-    failed = prepared.skipped | {key: reason for run in runs for key, reason in run.skipped.items()}
-    if not answers:
-        key, reason = next(iter(failed.items()))
-        raise DataError(f"not one question can be asked; the first, {key!r}: {reason}")
-    return answers, failed
+    return answers, prepared.left_out(runs, None if answers else "not one question can be asked")
 
 
 def offline_figures(answers: Sequence[OfflineAnswer], judge: Judge) -> dict[str, float]:

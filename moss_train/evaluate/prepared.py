@@ -5,7 +5,7 @@ Shape suffixes: F frames of a sample, C colour channels, H, W pixels.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -108,6 +108,12 @@ class Lengthy(Protocol):
         ...
 
 
+class Found(Protocol):
+    """What one process found about its share."""
+
+    skipped: dict[str, str]  #: key → why a sample was left out
+
+
 Item = TypeVar("Item", bound=Lengthy)
 
 
@@ -140,13 +146,20 @@ class PreparedCorpus(Generic[Item]):
         return self.cache.frames(item.number, item.compiled.frames)
 
     def batches(
-        self, share: Share, size: int, skipped: dict[str, str], group: dist.ProcessGroup | None = None
+        self,
+        share: Share,
+        size: int,
+        skipped: dict[str, str],
+        group: dist.ProcessGroup | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[tuple[list[Item], list[torch.Tensor]]]:
         """The samples of a share with their frames, those of similar length together, the longest first, so that memory
         runs out at once or never. Those that do not decode are left out and put into `skipped`. `group`: processes that
-        go through the same share in lockstep, for all of which the first decodes."""
+        go through the same share in lockstep, for all of which the first decodes. `on_progress(done, total)` is called
+        when the next batch is asked for."""
         ordered = sorted(self.items, key=lambda item: tuple(-length for length in item.length))
         ordered = ordered[share.number :: share.count]
+        done = 0
         for start in range(0, len(ordered), size):
             batch, frames = [], []
             for item in ordered[start : start + size]:
@@ -159,19 +172,33 @@ class PreparedCorpus(Generic[Item]):
                     skipped[item.compiled.key] = error.reason
             if batch:
                 yield batch, frames
+                done += len(batch)
+                if on_progress is not None:
+                    on_progress(done, len(ordered))
+
+    def left_out(self, runs: Sequence[Found], failure: str | None) -> dict[str, str]:
+        """Key → why a sample was left out, of all shares together. `failure`: what to say when nothing was found, which
+        is a DataError."""
+        skipped = dict(sorted((self.skipped | {k: v for run in runs for k, v in run.skipped.items()}).items()))
+        if failure is not None:
+            key, reason = next(iter(skipped.items()))
+            raise DataError(f"{failure}; the first, {key!r}: {reason}")
+        return skipped
 
 
 def prepare(
     corpus: Corpus,
+    tokenizer: StreamTokenizer,
     compiler: CompilerConfig,
-    make: Callable[[Sample, int, CompilerConfig], Item | None],
+    schema: type[Sample],
+    make: Callable[[Any, int, CompiledStream, CompilerConfig], Item],
     what: str,
     limit: int | None = None,
     cache: FrameCache | None = None,
     cache_mb: float = 0,
 ) -> PreparedCorpus[Item]:
-    """The first `limit` samples of which `make(sample, number, compiler)` makes something; it gives None for those of
-    another kind and raises SampleError for those that do not compile.
+    """The first `limit` samples of a schema; those of others are left out. `make(sample, number, compiled, compiler)`
+    makes of each what is evaluated, and may raise SampleError.
 
     Nothing is drawn at random (jitter, windows, augmentations), whatever `compiler` says: every model is asked the
     same. Raises DataError when there is not a single `what` in the corpus, whole or damaged.
@@ -184,9 +211,10 @@ def prepare(
             break
         beat()
         try:
-            item = make(corpus.sample(number), number, compiler)
-            if item is not None:
-                items.append(item)
+            sample = corpus.sample(number)
+            if isinstance(sample, schema):
+                compiled = compile_sample(sample, corpus.media_info(number), tokenizer, compiler)
+                items.append(make(sample, number, compiled, compiler))
         except SampleError as error:
             skipped[corpus.key(number)] = error.reason
     if not items and not skipped:
@@ -202,12 +230,10 @@ def prepare_streams(
     cache: FrameCache | None = None,
     cache_mb: float = 0,
 ) -> PreparedCorpus[PreparedStream]:
-    """The streams of a corpus, see `prepare`; samples of other kinds are left out."""
+    """The streams of a corpus, see `prepare`."""
 
-    def make(sample: Sample, number: int, compiler: CompilerConfig) -> PreparedStream | None:
-        if not isinstance(sample, StreamSample):
-            return None
-        compiled = compile_sample(sample, corpus.media_info(number), tokenizer, compiler)
+    def make(sample: StreamSample, number: int, compiled: CompiledStream, compiler: CompilerConfig) -> PreparedStream:
         return PreparedStream(number, compiled, *read_stream(sample, compiled, compiler, tokenizer))
 
-    return prepare(corpus, compiler, make, "stream (schema moss_train/stream@1)", limit, cache, cache_mb)
+    what = "stream (schema moss_train/stream@1)"
+    return prepare(corpus, tokenizer, compiler, StreamSample, make, what, limit, cache, cache_mb)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moss_train.errors import DataError
 from moss_train.evaluate.config import DecodeConfig, EvaluationConfig
 from moss_train.evaluate.decoder import SlotOutput, StreamingDecoder, most_tokens
 from moss_train.evaluate.judges import Judge
@@ -101,10 +100,11 @@ def run_streams(
     `group`: the processes that hold a part of the model each, when `model` is this one's; all must call this with the
     same share, run it in lockstep and find the same.
     """
-    run, share = StreamsRun(), share or Share()
-    total = len(range(share.number, len(prepared.items), share.count))
+    run = StreamsRun()
     with evaluating(model):
-        for streams, frames in prepared.batches(share, config.batch_streams, run.skipped, group):
+        for streams, frames in prepared.batches(
+            share or Share(), config.batch_streams, run.skipped, group, on_progress
+        ):
             started = time.perf_counter()
             run.free += free_running(model, streams, frames, tokenizer, prepared.compiler, decode)
             between = time.perf_counter()
@@ -114,8 +114,6 @@ def run_streams(
             )  # fmt: skip
             run.free_seconds += between - started
             run.forced_seconds += time.perf_counter() - between
-            if on_progress is not None:
-                on_progress(len(run.free), total)
     return run
 
 
@@ -128,11 +126,7 @@ def result_of(
     """
     free = {transcript.key: transcript for run in runs for transcript in run.free}
     forced = {transcript.key: transcript for run in runs for transcript in run.forced}
-    failed = prepared.skipped | {key: reason for run in runs for key, reason in run.skipped.items()}
-    skipped = dict(sorted(failed.items()))
-    if not free:
-        key, reason = next(iter(skipped.items()))
-        raise DataError(f"not one stream can be evaluated; the first, {key!r}: {reason}")
+    skipped = prepared.left_out(runs, None if free else "not one stream can be evaluated")
     order = [item.compiled.key for item in prepared.items if item.compiled.key in free]
     transcripts, forced_transcripts = [free[key] for key in order], [forced[key] for key in order]
     rules = (judge, config.window_frames, config.tolerance_s)

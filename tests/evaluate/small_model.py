@@ -10,9 +10,9 @@ from moss_train.streams.tokenizer import StreamTokenizer
 SIZE = 28
 
 
-def small_model(tokenizer: StreamTokenizer, silence: float = 4.0) -> VideoModel:
+def small_model(tokenizer: StreamTokenizer, silence: float = 4.0, layers: int = 4) -> VideoModel:
     """Fresh weights made three times as large, since an untrained model would say the same everywhere; silence's row
-    of the head is made larger by a further factor."""
+    of the head is made larger by a further factor. In evaluation mode; starts the process groups of one process."""
     tensor_group = groups.initialize().tensor_group  # it seeds, when it is called first
     torch.manual_seed(3)
     sizes = ModelConfig(
@@ -30,8 +30,8 @@ def small_model(tokenizer: StreamTokenizer, silence: float = 4.0) -> VideoModel:
         text=TextConfig(
             vocabulary_size=tokenizer.vocabulary_size,
             hidden_size=32,
-            layers=4,
-            cross_layers=[1, 3],
+            layers=layers,
+            cross_layers=list(range(1, layers, 2)),
             attention_heads=4,
             key_value_heads=2,
             mlp_size=64,
@@ -45,4 +45,4 @@ def small_model(tokenizer: StreamTokenizer, silence: float = 4.0) -> VideoModel:
         for parameter in built.parameters():
             parameter.mul_(3.0)
         built.head.weight[tokenizer.special.silence].mul_(silence)
-    return built
+    return built.eval()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scripted_model import ScriptedModel, compiled_stream, shipped_tokenizer, world_stream
-from tiny_live_model import SIZE, live_model
+from small_model import SIZE, small_model
 
 from moss_train.errors import ConfigError
 from moss_train.evaluate.sampling import GenerationConfig, Sampler
@@ -28,7 +28,7 @@ PATIENCE_S = 30.0
 
 @pytest.fixture(scope="module")
 def model():
-    yield live_model(TOKENIZER)
+    yield small_model(TOKENIZER, layers=3)
     groups.shutdown()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 from scripted_model import shipped_tokenizer
-from tiny_live_model import SIZE, live_model
+from small_model import SIZE, small_model
 
 from moss_train.evaluate.conversation import Said
 from moss_train.evaluate.live import LivePrinter
@@ -27,7 +27,7 @@ SPEED = 20.0
 
 @pytest.fixture(scope="module")
 def model():
-    yield live_model(TOKENIZER)
+    yield small_model(TOKENIZER, layers=3)
     groups.shutdown()
 
 

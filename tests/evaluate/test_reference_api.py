@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from scripted_model import shipped_tokenizer
-from tiny_live_model import SIZE, live_model
+from small_model import SIZE, small_model
 
 from moss_train.data.collate import collate
 from moss_train.errors import ConfigError
@@ -27,7 +27,7 @@ PATIENCE_S = 30.0
 
 @pytest.fixture(scope="module")
 def model():
-    yield live_model(TOKENIZER)
+    yield small_model(TOKENIZER, layers=3)
     groups.shutdown()
 
 
