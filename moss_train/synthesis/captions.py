@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from moss_train.streams.importers.talk import Watch
 
+_ARTICLES = frozenset(("a", "an", "the"))
+
 
 @dataclass(frozen=True)
 class Caption:
@@ -70,7 +72,7 @@ def find_changes(timeline: CaptionTimeline, watch: Watch) -> list[Change]:
     before = ""
     for number, caption in enumerate(timeline.captions):
         frame = watch.first_from(caption.seen_s)
-        says = plain(caption.text)
+        says = meaning(caption.text)
         if frame > last or says == before:
             continue
         before = says
@@ -85,3 +87,10 @@ def find_changes(timeline: CaptionTimeline, watch: Watch) -> list[Change]:
 def plain(text: str) -> str:
     """The text for comparisons: lower case, single spaces, no full stop."""
     return " ".join(text.casefold().split()).rstrip(".!?")
+
+
+def meaning(text: str) -> str:
+    """The text for comparing what is told: `plain`, and without articles. Somebody who is "a man" at first is "the man"
+    from then on, and nothing has happened."""
+    said = plain(text)
+    return " ".join(word for word in said.split() if word not in _ARTICLES) or said

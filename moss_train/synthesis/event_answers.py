@@ -1,6 +1,6 @@
 """Answers about free captions: they are captions, or parts of them."""
 
-from moss_train.synthesis.captions import Caption, plain
+from moss_train.synthesis.captions import Caption, meaning
 from moss_train.synthesis.dialogue import Decision, Situation
 from moss_train.synthesis.english import actions_of, after, sentence
 
@@ -35,7 +35,7 @@ def _about_now(situation: Situation) -> Decision:
     if situation.said is None:
         return Decision("answer", sentence(latest.text))
     revision = after("Now", latest.text)
-    if plain(situation.said) in (plain(revision), plain(sentence(latest.text))):
+    if meaning(situation.said) in (meaning(revision), meaning(sentence(latest.text))):
         return Decision("confirm", situation.said, changed="event")
     return Decision("revise", revision, changed=NOW)
 
@@ -53,6 +53,6 @@ def _about_actor(situation: Situation, actor: str) -> Decision:
     if situation.said is None:
         fresh = situation.now_s - caption.seen_s <= FRESH_S
         return Decision("answer", does[0].upper() + does[1:], evidence) if fresh else Decision("silence")
-    if plain(situation.said) in (plain(does), plain(f"Now {does}")):
+    if meaning(situation.said) in (meaning(does), meaning(f"Now {does}")):
         return Decision("confirm", situation.said, changed="event")
     return Decision("revise", f"Now {does}", evidence, changed=actor)

@@ -116,6 +116,20 @@ def test_free_captions_are_answered_revised_and_confirmed():
     ]
 
 
+def test_an_article_is_no_news():
+    of = timeline(
+        (0, 3, "A man lifts a box."), (3, 5, "The man lifts the box."), (5, 8, "An old dog barks."), end_s=12.0
+    )
+    assert [change.frame for change in task(of).changes] == [3, 8]
+    states = timeline((0, 2, "a red block"), (2, 4, "the red block"), (4, 6, "a blue block"), end_s=8.0, states=True)
+    assert [change.frame for change in task(states).changes] == [0, 4]
+    # what is told between two changes is compared likewise: the crowd's caption makes the writer look again
+    of = timeline((0, 3, "A man lifts a box."), (1, 5, "The crowd cheers."), (4, 6, "The man lifts the box."))
+    (asked,) = asyncio.run(hold_dialogue(task(of), [Question(3.25, "What is the man doing?", "man")], RuleWriter()))
+    told = [(turn.t, turn.decision.action) for turn in asked.turns]
+    assert told == [(4.0, "answer"), (5.0, "confirm"), (6.0, "confirm")]
+
+
 def test_a_mix_of_one_scenario_makes_only_that():
     of = timeline((2, 4, "A man lifts a box."), (5, 8, "He drops it."), (8, 11, "He leaves."), end_s=20.0)
     for scenario in ("before", "during", "after", "description", "two_questions", "silent"):
