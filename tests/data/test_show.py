@@ -1,13 +1,18 @@
 """`data show`: what the picture and the text say of a row, and what is refused."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from data_samples import caption_json, numbered_clip, stage, still
 from PIL import Image
 
+from moss_train.cli import main
 from moss_train.data.shards.pack import pack
 from moss_train.data.show import Item, ShowOptions, describe, read_items, show_command, text_lines
 from moss_train.data.show_picture import KIND_COLOURS
+from moss_train.data.synthetic.render import RenderOptions, render
 from moss_train.errors import ConfigError, DataError
 from moss_train.streams.compiled import Kind
 from moss_train.streams.compiler import compile_sample
@@ -173,3 +178,17 @@ def test_what_is_refused(packed, tmp_path):
         ShowOptions("x", out="x.jpg").validate()
     with pytest.raises(ConfigError, match="pack_frames=0"):
         ShowOptions("x", pack_text_tokens=9, pack_frames=0).validate()
+
+
+def test_the_example_of_the_documentation_shows_what_it_is_of(tmp_path, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "streams.md").read_text(encoding="utf-8")
+    (command,) = re.findall(
+        r"^    (moss-train data show path=data/realtime .*)$", page.replace("\\\n", " "), re.MULTILINE
+    )
+    render(RenderOptions(out=str(tmp_path / "clips"), align=0, temporal=0, sft=0, realtime=1, heldout=1, workers=1))
+    pack(tmp_path / "clips" / "train" / "realtime", tmp_path / "data" / "realtime")
+    arguments = command.split()[1:]
+    arguments[2] = f"path={tmp_path / 'data' / 'realtime'}"
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "left out by keep_silence" in shown and "the answer is wrong by now" in shown
