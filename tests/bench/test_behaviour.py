@@ -66,6 +66,13 @@ def test_what_is_recorded_is_not_done_again(tmp_path: Path, monkeypatch):
             if folder.name == "no_jitter" and len(commands) < 8:
                 raise DataError("killed")
 
+    composed = []
+
+    def compose(overrides):
+        composed.append(tuple(overrides))
+        return compose_run(overrides)
+
+    monkeypatch.setattr(runs, "compose_run", compose)
     monkeypatch.setattr(runs, "_moss_train", train)
     place = place_in(tmp_path)
     todo = [Run(1, None), *(Run(1, VARIANTS[name]) for name in ("full", "no_realtime", "no_jitter"))]
@@ -79,11 +86,13 @@ def test_what_is_recorded_is_not_done_again(tmp_path: Path, monkeypatch):
     done = carry_out(todo, place, 1, lambda _: None)
     assert set(done) == {(1, SHARED), (1, "full"), (1, "no_realtime"), (1, "no_jitter")}
     assert [command for command in commands if command[0] == "again"] == [("again", "train"), ("again", "eval")]
+    assert finished(place) == done, "what came after the line that was cut off is read too"
     other = Place(tmp_path, ("stages.*.optim.clip=0.5",), 1, 300.0)
     assert not finished(other), "another recipe is another run"
     place.clips.parent.mkdir(exist_ok=True)
     place.clips.write_text("other clips")
     assert not finished(place)
+    assert len(composed) == len(set(composed)) == 6, "each of the three trainings, in both recipes, once"
 
 
 def test_verdict():

@@ -3,6 +3,7 @@
 What is finished stands in `runs.jsonl`, one line a run, and is not done again.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -81,13 +82,18 @@ class Run:
 
     def digest(self, place: Place) -> str:
         """Changes when the run would be another: other clips, another recipe, other stages before it."""
-        settings = None
         command = self.command(place)
-        if command:
-            settings = resolved_dict(compose_run(command[1:]))
+        settings = _settings(tuple(command[1:])) if command else None
         before = "" if self.variant is None else Run(self.seed, None).digest(place)
         clips = place.clips.read_text(encoding="utf-8") if place.clips.is_file() else ""
         return hashlib.sha256(json.dumps([self.name, settings, before, clips]).encode()).hexdigest()[:12]
+
+
+@functools.lru_cache(maxsize=512)
+def _settings(overrides: tuple[str, ...]) -> dict[str, Any]:
+    """The configuration of a training, composed once in this process: that takes a second, and digests ask again and
+    again for the same ones."""
+    return resolved_dict(compose_run(list(overrides)))
 
 
 def finished(place: Place) -> dict[tuple[int, str], dict[str, Any]]:
@@ -116,15 +122,12 @@ def carry_out(runs: Sequence[Run], place: Place, at_once: int, say: Any) -> dict
     for group in ([run for run in runs if run.variant is None], [run for run in runs if run.variant is not None]):
         waiting = [run for run in group if (run.seed, run.name) not in done]
         with ThreadPoolExecutor(at_once) as pool:
-            futures = {pool.submit(_carry_out, run, place): run for run in waiting}
+            futures = [pool.submit(_carry_out, run, place, run.digest(place)) for run in waiting]
             try:
                 for future in as_completed(futures):
                     row = future.result()
                     done[row["seed"], row["variant"]] = row
-                    with place.record.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
-                        file.flush()
-                        os.fsync(file.fileno())
+                    _note(row, place.record)
                     say(row)
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -132,13 +135,22 @@ def carry_out(runs: Sequence[Run], place: Place, at_once: int, say: Any) -> dict
     return done
 
 
-def _carry_out(run: Run, place: Place) -> dict[str, Any]:
+def _note(row: dict[str, Any], record: Path) -> None:
+    """Add a line, which does not go on a line that a kill has cut off."""
+    cut = record.is_file() and record.stat().st_size > 0 and not record.read_bytes().endswith(b"\n")
+    with record.open("a", encoding="utf-8") as file:
+        file.write(("\n" if cut else "") + json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _carry_out(run: Run, place: Place, digest: str) -> dict[str, Any]:
     folder = place.folder(run.seed, run.name)
     command = run.command(place)
     began = time.monotonic()
     if command:
         _moss_train(command, place, folder, place.limit_s if run.variant is not None else None)
-    row: dict[str, Any] = {"seed": run.seed, "variant": run.name, "digest": run.digest(place)}
+    row: dict[str, Any] = {"seed": run.seed, "variant": run.name, "digest": digest}
     row["training_s"] = round(time.monotonic() - began, 1)
     if run.variant is None:
         return row
