@@ -47,8 +47,9 @@ def test_two_kills_under_deepspeed(capsys, tmp_path, layout):
 
 @pytest.fixture(scope="module")
 def course(folder):
-    """A shorter run, and what it is without a kill."""
-    course = Course(folder, ranks=2, steps=10, seed=2)
+    """A shorter run, and what it is without a kill. One process: a second one would double the work of every start,
+    which is most of it, and find the planted faults no better; `test_four_kills` has two."""
+    course = Course(folder, ranks=1, steps=10, seed=2)
     course.run_whole()
     return course
 
@@ -93,7 +94,7 @@ def forget_a_moment(rank: int) -> None:
 def resumed_with(course: Course, plant) -> Recovered:
     recovered = course.run_killed(ONE_KILL, plant=plant, name=plant.__name__)
     (killed,) = recovered.kills
-    assert killed.hit == [0, 1] and killed.newest.stage == "realtime"
+    assert killed.hit == [0] and killed.newest.stage == "realtime"
     return recovered
 
 
