@@ -78,6 +78,8 @@ else
     threads=(OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}")
 fi
 train=(train recipe="$recipe" output_dir="$out" "$@")
+# Matrices are multiplied four times faster in bf16 where the processor can; what is asked for goes before.
+[[ " $* " == *" precision="* || " $* " == *" engine"* ]] || train+=(precision=auto)
 if [ "$processes" = 1 ]; then
     moss "${train[@]}"
 else

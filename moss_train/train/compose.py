@@ -83,8 +83,19 @@ def compose_run(arguments: Sequence[str]) -> RunConfig:
         run: RunConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from error
+    if run.precision == "auto":
+        run.precision = _fastest_precision()
     run.validate()
     return run
+
+
+def _fastest_precision() -> str:
+    """What `precision=auto` stands for on this machine."""
+    import torch  # help must not wait for it
+
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
 
 
 def run_from_dict(resolved: dict[str, Any]) -> RunConfig:

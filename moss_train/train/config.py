@@ -212,7 +212,9 @@ class RunConfig:
     folder."""
     precision: str = "fp32"
     """Number format of weights and activations: fp32, bf16, fp16, or fp8 (8-bit matrices over bf16; Ada GPUs and later
-    with Transformer Engine). In all of them the optimizer updates float32 weights."""
+    with Transformer Engine). In all of them the optimizer updates float32 weights. `auto` is bf16 where this machine
+    multiplies several times faster in it (GPUs from Ampere on, CPUs with AVX512-BF16), else fp32; the resolved
+    configuration names which."""
     dry_run: bool = False
     """Check everything, print the resolved pipeline and stop before training."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -64,8 +64,10 @@ class Run:
         """What trains it; [] when nothing is trained."""
         common = [
             "train", "recipe=quickstart", f"seed={self.seed}", f"data_root={place.data('train')}",
-            f"output_dir={place.folder(self.seed, self.name)}", f"evaluate.source={place.data('heldout/realtime')}",
-            f"evaluate.offline_source={place.data('heldout/sft')}", "tracking.wandb=disabled", "stages.*.save_every=0",
+            f"output_dir={place.folder(self.seed, self.name)}", "tracking.wandb=disabled", "stages.*.save_every=0",
+            "precision=auto",
+            # `eval` scores it afterwards, outside the time that a training may take.
+            "evaluate.source=null", "evaluate.offline_source=null",
         ]  # fmt: skip
         if self.variant is None:
             return [*common, f"~stages.{LAST}", *place.overrides]
