@@ -88,6 +88,7 @@ class Batch:
     #: Where the shares of the N frames begin, and N. `frames_NCHW` holds the frames of this process's share alone, all
     #: else describes all N. () when `frames_NCHW` holds all of them.
     frame_bounds: tuple[int, ...] = ()
+    trained_K: torch.Tensor | None = None  #: `trained_places`, where they were found on the host
     keys: tuple[tuple[str, ...], ...] = ()  #: per row, the keys of its streams
     sources: tuple[tuple[str, ...], ...] = ()  #: per row, the source of each stream
 
@@ -113,8 +114,13 @@ class Batch:
         return (self.labels_RT != IGNORED_LABEL) & (self.weights_RT > 0)
 
     def trained_places(self) -> torch.Tensor:
-        """int64 [K], ascending: the flat token index t * R + r of every position with a label that is trained."""
-        return self.trained_RT().T.flatten().nonzero()[:, 0]
+        """int64 [K], ascending: the flat token index t * R + r of every position with a label that is trained. To find
+        them on a device the host waits for it: `counted` finds them before."""
+        return self.trained_RT().T.flatten().nonzero()[:, 0] if self.trained_K is None else self.trained_K
+
+    def counted(self) -> "Batch":
+        """The same microbatch with `trained_K`, which padding leaves as they are; labels and weights must too."""
+        return replace(self, trained_K=self.trained_places())
 
     def padded(self, multiple: int) -> "Batch":
         """The same microbatch with padding tokens up to a multiple of `multiple` tokens a row."""

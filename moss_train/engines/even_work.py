@@ -42,6 +42,7 @@ def blank_batch(like: Batch) -> Batch:
         frame_positions_RF=like.frame_positions_RF[:1, :0],
         frame_counts_R=torch.zeros_like(like.frame_counts_R[:1]),
         frame_bounds=(),
+        trained_K=None,
         keys=((),),
         sources=((),),
     )

@@ -124,8 +124,9 @@ def own_share(state: ParallelState) -> FrameShare:
 
 
 def received(batch: Batch, state: ParallelState) -> Batch:
-    """The batch cut to this process's share of frames, if the loader has not done it."""
-    return batch if batch.frame_bounds else batch.share(own_share(state))
+    """The batch cut to this process's share of frames, if the loader has not done it, and what only the host can say
+    without waiting for the device."""
+    return (batch if batch.frame_bounds else batch.share(own_share(state))).counted()
 
 
 def is_of_encoder(name: str) -> bool:

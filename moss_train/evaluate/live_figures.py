@@ -42,7 +42,7 @@ class LiveFigures:
         self.prompts = self.tokens = self.replies = self.silences = 0
         self.encode_s = _Times()  #: scaling and encoding of a frame
         self.step_s = _Times()  #: the step in which frames or prompts were read
-        self.lag_s = _Times()  #: of a frame, from when it was handed over until the model had decided on it
+        self.lag_s = _Times()  #: of a frame, from when it was handed over until it was read (or, with `blocked`, held)
         #: of a reply's first token, from when the prompt or frame was handed over after which the model began to speak
         self.first_token_s = _Times()
         self.answer_s = _Times()  #: the same from the latest prompt, however long the model meant to wait
