@@ -78,8 +78,15 @@ else
     threads=(OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}")
 fi
 train=(train recipe="$recipe" output_dir="$out" "$@")
-# Matrices are multiplied four times faster in bf16 where the processor can; what is asked for goes before.
-[[ " $* " == *" precision="* || " $* " == *" engine"* ]] || train+=(precision=auto)
+# Matrices are multiplied four times faster in bf16 where the processor can. What is asked for goes before, and what a run
+# began with; DeepSpeed needs ZeRO for bf16.
+case " $* " in
+*" precision="* | *" recipe="* | *" engine=deepspeed"* | *" engine.name=deepspeed"*) ;;
+*)
+    precision=$(sed -n 's/^precision: //p' "$out/config.yaml" 2>/dev/null || true)
+    train+=(precision="${precision:-auto}")
+    ;;
+esac
 if [ "$processes" = 1 ]; then
     moss "${train[@]}"
 else

@@ -32,7 +32,7 @@ _SECRET_VALUE = re.compile(f"{_SERVICE_KEY} | {_PRIVATE_KEY}", re.VERBOSE)
 _SECRET_WORD = re.compile(f"{_SERVICE_KEY} [^\\s'\"]* | {_PRIVATE_KEY} .*", re.VERBOSE | re.DOTALL)
 _SPECIAL_TOKEN = re.compile(r"<[^<>]*>")  # `pad_token: <|pad|>` is a word of a vocabulary
 # As far as the last @ before the path: a password may hold one.
-_USER_IN_ADDRESS = re.compile(r"(?P<scheme>[a-zA-Z][\w+.-]*://)[^/\s:@]*:[^/?\s]+@")
+_USER_IN_ADDRESS = re.compile(r"(?P<scheme>[a-zA-Z][\w+.-]*://)[^/\s]+@")
 _PARAMETER_IN_ADDRESS = re.compile(r"(?P<name>[?&][\w.-]+=)[^&\s'\"]+")
 #: parameters of an address that are secret beside those whose name says so
 _SECRET_PARAMETERS = {

@@ -30,7 +30,6 @@ _RECOMPUTE_WORDS: dict[str, dict[str, Any]] = {
     "recompute_selective": {"self_layers": "selective", "cross_layers": "selective"},
     "recompute_layers": {"self_layers": "full", "cross_layers": "full"},
     "recompute_tower": {"tower": True},
-    "recompute_head": {"head_positions": 8},
 }
 
 

@@ -135,8 +135,8 @@ class ModelConfig:
     encode_once: bool = True
     """Encode frames of a microbatch that are alike once. Equal to encoding each up to rounding (1e-6 in float32)."""
     attention: str = "segments"
-    """Attention over visibility ranges: segments (runs of equal visibility), flex (FlexAttention over block masks, on
-    CUDA; where frames are shared out over processes it is segments too), or dense (a full mask; for tests)."""
+    """Attention over visibility ranges: segments (runs of equal visibility), flex (experimental: FlexAttention over
+    block masks, on CUDA; where frames are shared out over processes it is segments too), or dense (for tests)."""
     initial_gate: float = 0.0
     """Value of the cross layers' gates before training; 0 leaves a pretrained decoder unchanged at step 0."""
     init_std: float = 0.02

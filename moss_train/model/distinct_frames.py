@@ -39,5 +39,21 @@ class DistinctFrames(NamedTuple):
         return DistinctFrames(self.pixels_DCHW.to(device, non_blocking=True), of_N)
 
     def spread(self, features_DPH: torch.Tensor) -> torch.Tensor:
-        """What was made of the distinct frames, [D, …], for every frame: [N, …]. Gradients of copies are summed."""
-        return features_DPH if self.frame_of_N is None else features_DPH.index_select(0, self.frame_of_N)
+        """What was made of the distinct frames, [D, …], for every frame: [N, …]. Gradients of copies are summed, in
+        float32 at least."""
+        return features_DPH if self.frame_of_N is None else _Spread.apply(features_DPH, self.frame_of_N)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features_DPH, frame_of_N):
+        ctx.save_for_backward(frame_of_N)
+        ctx.count = len(features_DPH)
+        return features_DPH.index_select(0, frame_of_N)
+
+    @staticmethod
+    def backward(ctx, grad_NPH):
+        (frame_of_N,) = ctx.saved_tensors
+        exact = torch.promote_types(grad_NPH.dtype, torch.float32)
+        summed = grad_NPH.new_zeros(ctx.count, *grad_NPH.shape[1:], dtype=exact)
+        return summed.index_add_(0, frame_of_N, grad_NPH.to(exact)).to(grad_NPH.dtype), None

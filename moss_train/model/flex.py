@@ -15,9 +15,9 @@ from moss_train.errors import ConfigError
 from moss_train.model.block_mask import block_mask, cross_ranges, self_ranges
 from moss_train.model.recompute import touch
 
-#: queries × keys of a block. A stream has a few tokens a frame, so the tokens of a block see frames that differ by the
-#: block's tokens over that: blocks of few queries compute little in vain.
-CROSS_BLOCK = (32, 128)
+#: queries × keys of a block; what the kernel works on at a time must divide it. A stream has a few tokens a frame, so
+#: the tokens of a block see frames that differ by the block's tokens over that: smaller blocks compute less in vain.
+CROSS_BLOCK = (128, 128)
 SELF_BLOCK = (128, 128)
 
 

@@ -13,7 +13,7 @@ Train a recipe: moss-train train recipe=<name> [key=value …]
   model=NAME             tiny, bench, moss_video_1b, moss_video_11b, moss_video_90b, llama_3_2_vision_11b,
                          llama_3_2_vision_90b; sizes below model.*
   layout=NAME            data_parallel (default), tp2_sp, tp4_pp2, …: docs/layouts.md; degrees: layout.tp, layout.pp, …
-  precision=NAME         fp32 (default), bf16 (the published recipes'), fp16, fp8
+  precision=NAME         fp32 (default), bf16 (the published recipes'), fp16, fp8, auto (what is fast here)
   tracking=NAME          offline (default), online, disabled
   data_root=DIR          packed folders align/ temporal/ sft/ realtime/ that the stages read
   stages.NAME.KEY=VALUE  any field of one stage; stages.*.KEY=VALUE of every stage

@@ -29,8 +29,9 @@ def decode_settings(trained: DecodeConfig, given: dict[str, Any]) -> DecodeConfi
 
 
 def evaluation_settings(trained: EvaluationConfig, given: dict[str, Any]) -> EvaluationConfig:
-    """Batch, tolerances and limit: as in the run, but for what is given."""
-    settings = with_overrides(trained, given, "settings")
+    """Batch and tolerances: as in the run, but for what is given. A limit that kept evaluation in training short is not
+    taken over."""
+    settings = with_overrides(replace(trained, limit=None), given, "settings")
     settings.validate()
     return settings
 

@@ -259,9 +259,11 @@ def _check_same_run(run: RunConfig, plan: StagePlan, tokenizer: StreamTokenizer,
     if total != plan.steps:
         changes.append(f"the stage's steps were {total}, are {plan.steps}")
     if changes:
+        # `auto` names no precision, and means another one on another machine.
+        given = "" if saved["precision"] == now["precision"] else f" (precision={saved['precision']} among it)"
         raise CheckpointError(
             f"{checkpoint.path} was made by another configuration ({'; '.join(changes[:5])}): "
-            f"restore it, choose another output_dir, or remove {plan.directory} to train the stage anew"
+            f"restore it{given}, choose another output_dir, or remove {plan.directory} to train the stage anew"
         )
 
 

@@ -8,11 +8,12 @@ import torch
 from moss_train.checkpoint.store import latest
 from moss_train.data.sources import SourceFigures
 from moss_train.engines import require_engine
-from moss_train.errors import CheckpointError
+from moss_train.errors import CheckpointError, ConfigError
 from moss_train.model.config import RecomputeConfig
 from moss_train.model.parts import split_layers
 from moss_train.model.precision import Precision
 from moss_train.parallel import groups
+from moss_train.parallel.agreement import gather_lists
 from moss_train.report.tracker import Tracker
 from moss_train.streams.tokenizer import load_tokenizer
 from moss_train.train.compose import resolved_dict, save_run
@@ -47,8 +48,13 @@ def _run_stages(run: RunConfig, stop: StopRequest, watchdog: Watchdog) -> int:
         run.check_layout()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     Precision.named(run.precision).check_supported(device)
+    if run.model.attention == "flex" and device.type == "cpu":
+        raise ConfigError("model.attention=flex: has no backward pass on CPUs; set model.attention=segments")
     state = groups.initialize(run.layout, run.seed)
     watchdog.connect(state)
+    precisions = sorted({name for (name,) in gather_lists([run.precision])})
+    if len(precisions) > 1:  # `auto` on unlike machines
+        raise ConfigError(f"precision: the processes chose {' and '.join(precisions)}; give precision=fp32 or bf16")
     require_engine(run.engine, run.layout, run.precision)
     plans = plan_pipeline(run, tokenizer)
     if state.is_main:

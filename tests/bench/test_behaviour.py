@@ -133,3 +133,13 @@ def test_quick(tmp_path: Path, capsys):
     assert behaviour_command(options) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["ok"] and result["figures"]["full.speak_f1"] >= 0.0
+
+
+def test_a_folder_of_another_run_is_not_gone_on_with(tmp_path: Path):
+    folder = tmp_path / "seed1" / "full"
+    runs._begin(folder, "one")
+    (folder / "checkpoint").write_text("half a run")
+    runs._begin(folder, "one")
+    assert (folder / "checkpoint").is_file()  # a kill: it goes on
+    runs._begin(folder, "two")
+    assert not (folder / "checkpoint").exists()

@@ -131,3 +131,12 @@ def test_encoding_once_can_be_turned_off(build):
     batch.frames_NCHW[1] = batch.frames_NCHW[0]
     model = build(encode_once=False)
     assert model.distinct_frames(batch.frames_NCHW).frame_of_N is None
+
+
+def test_gradients_of_copies_are_summed_in_float32():
+    """300 copies of one frame, each with a gradient of 1."""
+    distinct = DistinctFrames(torch.zeros(2, 3, 4, 4), torch.tensor([0] * 300 + [1]))
+    features = torch.zeros(2, 5, dtype=torch.bfloat16, requires_grad=True)
+    distinct.spread(features).sum().backward()
+    assert features.grad.dtype == torch.bfloat16
+    assert features.grad[:, 0].tolist() == [300.0, 1.0]  # bfloat16 stops counting at 256

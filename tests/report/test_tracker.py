@@ -236,6 +236,8 @@ def test_secrets_are_hidden_and_nothing_else():
     [
         ("cannot open rtsp://admin:geheim@10.0.0.7:554/live", f"cannot open rtsp://{HIDDEN}@10.0.0.7:554/live"),
         ("'http://me:ge@heim@host/v1' is away", f"'http://{HIDDEN}@host/v1' is away"),
+        ("rtsp://admin:ge?heim@cam/1 fails", f"rtsp://{HIDDEN}@cam/1 fails"),
+        ("https://geheim@host/a is away", f"https://{HIDDEN}@host/a is away"),
         ("http://cam/a?user=x&password=geheim&fps=2", f"http://cam/a?user=x&password={HIDDEN}&fps=2"),
         ("http://host/v1?api_key=geheim: 404", f"http://host/v1?api_key={HIDDEN} 404"),
         ("'s3://a/b?X-Amz-Signature=geheim' is gone", f"'s3://a/b?X-Amz-Signature={HIDDEN}' is gone"),

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -146,11 +147,21 @@ def _note(row: dict[str, Any], record: Path) -> None:
         os.fsync(file.fileno())
 
 
+def _begin(folder: Path, digest: str) -> None:
+    """Go on with what the same run began, and remove what another one left."""
+    mark = folder / "digest"
+    if folder.is_dir() and not (mark.is_file() and mark.read_text(encoding="utf-8") == digest):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(digest, encoding="utf-8")
+
+
 def _carry_out(run: Run, place: Place, digest: str) -> dict[str, Any]:
     folder = place.folder(run.seed, run.name)
     command = run.command(place)
     began = time.monotonic()
     if command:
+        _begin(folder, digest)
         _moss_train(command, place, folder, place.limit_s if run.variant is not None else None)
     row: dict[str, Any] = {"seed": run.seed, "variant": run.name, "digest": digest}
     row["training_s"] = round(time.monotonic() - began, 1)
